@@ -1,0 +1,180 @@
+"""The U-Net's layers. Maps are NHWC, kernels HWIO, parameters and norm statistics float32."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+INIT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+# The authors' "zero": the last layer of each branch starts at nearly nothing.
+NEARLY_ZERO = nn.initializers.variance_scaling(1e-10, "fan_avg", "uniform")
+
+Padding = tuple[tuple[int, int], tuple[int, int]]
+
+
+def timestep_embedding(position: jax.Array, dim: int) -> jax.Array:
+    """Sinusoids of a position: sin ‖ cos of position / 10000^(i/(dim/2 − 1)).
+
+    Authors' code; Vaswani et al. 2017 (arXiv:1706.03762), §3.5. The paper's t = 1..T is embedded
+    at the positions 0..T−1.
+
+    Args:
+      position: [batch].
+      dim: even.
+    Returns:
+      float32 [batch, dim].
+    """
+    half = dim // 2
+    frequencies = jnp.exp(-math.log(10000) / max(half - 1, 1) * jnp.arange(half))
+    angles = position.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def dropout(x: jax.Array, rate: float, keys: jax.Array) -> jax.Array:
+    """x with a share `rate` of its entries set to 0 and the others divided by 1 − rate.
+
+    Example i's mask depends on keys[i] alone. 16 random bits an entry: the rate is rounded to
+    a multiple of 2^−16.
+
+    Args:
+      x: [batch, ...].
+      keys: [batch].
+    """
+    size = math.prod(x.shape[1:])
+
+    def mask(key: jax.Array) -> jax.Array:
+        words = jax.random.bits(key, ((size + 1) // 2,), jnp.uint32)
+        halves = lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:size]
+        return (halves >= round(rate * 2**16)).reshape(x.shape[1:])
+
+    return jnp.where(jax.vmap(mask)(keys), x / (1 - rate), 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def conv2d(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
+    """Convolution of x [batch, h, w, in] with kernel [kh, kw, in, out].
+
+    The values and gradients of `lax.conv_general_dilated`. On CPUs the kernel's gradient is
+    stated as an ordinary forward convolution, since XLA runs its own form of it some ten times
+    slower within a loop (jax#12868).
+    """
+    return _conv(x, kernel, stride, padding)
+
+
+def _conv(x, kernel, stride, padding, dilation=1):
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        padding,
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def _conv_forward(x, kernel, stride, padding):
+    return _conv(x, kernel, stride, padding), (x, kernel)
+
+
+def _conv_backward(stride, padding, saved, g):
+    x, kernel = saved
+    (dx,) = jax.linear_transpose(lambda x: _conv(x, kernel, stride, padding), x)(g)
+
+    def as_forward(x, g):  # The batch is contracted: it takes the place of the channels.
+        size = kernel.shape[:2]
+        # Rows that the strided window never reached are no part of the gradient.
+        reach = [(n - 1) * stride + k for n, k in zip(g.shape[1:3], size, strict=True)]
+        high = [r - n - p[0] for r, n, p in zip(reach, x.shape[1:3], padding, strict=True)]
+        pads = tuple((p[0], h) for p, h in zip(padding, high, strict=True))
+        dk = _conv(x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), 1, pads, dilation=stride)
+        return dk.transpose(1, 2, 0, 3)
+
+    def as_xla(x, g):
+        return jax.linear_transpose(lambda k: _conv(x, k, stride, padding), kernel)(g)[0]
+
+    return dx, lax.platform_dependent(x, g, cpu=as_forward, default=as_xla)
+
+
+conv2d.defvjp(_conv_forward, _conv_backward)
+
+
+class Conv(nn.Module):
+    """A square convolution with bias; stride 2 is padded at the bottom and right (TF's SAME)."""
+
+    features: int
+    size: int = 3
+    stride: int = 1
+    init: nn.initializers.Initializer = INIT
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.init, shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        total = self.size - self.stride
+        pads = (total // 2, total - total // 2)
+        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+        return conv2d(x, kernel, self.stride, (pads, pads)) + bias
+
+
+class Dense(nn.Module):
+    """An affine map of the last axis: the authors' `dense`, and on maps their `nin`."""
+
+    features: int
+    init: nn.initializers.Initializer = INIT
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", self.init, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+        return x @ kernel + bias
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation over at most `groups` groups, as many as divide the channels.
+
+    Statistics are float32, ε is 1e-6 (TensorFlow's). Wu and He 2018 (arXiv:1803.08494).
+    """
+
+    groups: int = 32
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        x = x.astype(jnp.float32)
+        # Each channel's moments about one of its own pixels, so that a mean far from 0 costs no
+        # digits; then those of the groups; then one multiply and add a pixel.
+        origin = lax.stop_gradient(x[:, :1, :1])
+        centred = x - origin
+        mean = centred.mean(axis=(1, 2))
+        variance = jnp.maximum((centred**2).mean(axis=(1, 2)) - mean**2, 0)
+        groups = math.gcd(self.groups, channels)
+        by_group = (x.shape[0], groups, channels // groups)
+        mean = (mean + origin[:, 0, 0]).reshape(by_group)
+        group_mean = mean.mean(axis=-1, keepdims=True)
+        group_variance = (variance.reshape(by_group) + (mean - group_mean) ** 2).mean(
+            axis=-1, keepdims=True
+        )
+        inverse = lax.rsqrt(group_variance + 1e-6)
+        gain = jnp.broadcast_to(inverse, by_group).reshape(-1, channels) * scale
+        offset = (origin[:, 0, 0].reshape(by_group) - group_mean) * inverse
+        offset = offset.reshape(-1, channels) * scale + bias
+        return (centred * gain[:, None, None] + offset[:, None, None]).astype(self.dtype)
+
+
+def upsample(x: jax.Array) -> jax.Array:
+    """Each pixel of [batch, h, w, c] repeated twice in both directions."""
+    batch, height, width, channels = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
+    return x.reshape(batch, 2 * height, 2 * width, channels)

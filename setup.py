@@ -1,0 +1,46 @@
+"""Packaging; tools are configured in pyproject.toml."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "ddpm_jax/__init__.py").read_text()).group(1)
+
+setup(
+    name="ddpm_jax",
+    version=VERSION,
+    description="Denoising Diffusion Probabilistic Models in JAX and Flax",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["ddpm_jax", "ddpm_jax.*"]),
+    package_data={"ddpm_jax.data": ["digits.npz"]},
+    python_requires=">=3.11,<3.14",
+    install_requires=[
+        "array_record>=0.8",
+        "flax>=0.12,<0.13",
+        "jax>=0.10,<0.12",
+        "matplotlib>=3.9",
+        "ml-collections>=1.1,<2",
+        "numpy>=2.0",
+        "optax>=0.2.5,<0.3",
+        "orbax-checkpoint>=0.12,<0.13",
+        "pillow>=10",
+        "safetensors>=0.5",
+        "tensorboardX>=2.6,<3",
+        "tensorflow-datasets>=4.9.8,<5",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "test": ["mpmath>=1.3", "pytest>=8", "ruff>=0.8", "scikit-learn>=1.5", "scipy>=1.13"],
+        "parity": ["diffusers>=0.35", "torch>=2.9"],
+        "prepare": ["importlib_resources", "tensorflow>=2.21"],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+    ],
+)
