@@ -66,7 +66,9 @@ FIELDS: dict[str, Field] = {
     "diffusion.variance": Field("fixed_large", "Σ_θ of the reverse process", choices=VARIANCES),
     # Training.
     "train.objective": Field("simple", "what is minimised", choices=losses.OBJECTIVES),
-    "train.timesteps": Field("uniform", "how t is drawn", choices=tuple(losses.TIMESTEPS)),
+    "train.timesteps": Field(
+        "independent", "how a batch's t are drawn", choices=tuple(losses.TIMESTEPS)
+    ),
     "train.steps": Field(800_000, "optimizer steps in all", low=0),
     "train.batch_size": Field(128, "images a step, over all devices", low=1),
     "train.learning_rate": Field(2e-4, "Adam's step size after the warm-up", low=0),

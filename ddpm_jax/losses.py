@@ -76,22 +76,31 @@ def training_loss(
     return simple + process.schedule.num_steps / 1000 * variance_part
 
 
-def uniform_timesteps(u: jax.Array, num_steps: int) -> jax.Array:
-    """t uniform on 1..T from u uniform on [0, 1): int32 [batch], independent. Algorithm 1."""
+def timesteps(u: jax.Array, num_steps: int) -> jax.Array:
+    """t on 1..T from u on [0, 1): int32 of u's shape; uniform where u is. Algorithm 1, line 3."""
     return 1 + jnp.minimum((u * num_steps).astype(jnp.int32), num_steps - 1)
 
 
-def stratified_timesteps(u: jax.Array, num_steps: int) -> jax.Array:
-    """t uniform on 1..T, one in each of `batch` equal parts: int32 [batch].
+def independent(u: jax.Array, index: jax.Array, batch_size: int) -> jax.Array:
+    """Positions on [0, 1) for `timesteps`, independent of each other: u itself, as in the paper."""
+    return u
 
-    Each t is uniform still, over a random pairing of parts and examples, and the batch's mean loss
-    varies less. Example i of the batch has the i-th part; batches are shuffled.
+
+def stratified(u: jax.Array, index: jax.Array, batch_size: int) -> jax.Array:
+    """Positions on [0, 1) for `timesteps`, one in each of batch_size equal parts.
+
+    Each is uniform over a shuffled data set, and the mean loss of a batch varies less; the idea is
+    that of Kingma et al. 2021 (arXiv:2107.00630), appendix I.1.
+
+    Args:
+      u: uniform on [0, 1), [n].
+      index: the examples' places in the whole batch, [n].
+      batch_size: of the whole batch.
     """
-    batch = u.shape[0]
-    return uniform_timesteps((jnp.arange(batch) + u) / batch, num_steps)
+    return (index + u) / batch_size
 
 
-TIMESTEPS: dict[str, Callable[[jax.Array, int], jax.Array]] = {
-    "uniform": uniform_timesteps,
-    "stratified": stratified_timesteps,
+TIMESTEPS: dict[str, Callable[[jax.Array, jax.Array, int], jax.Array]] = {
+    "independent": independent,
+    "stratified": stratified,
 }

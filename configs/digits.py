@@ -1,0 +1,29 @@
+"""The embedded 8×8 digits: a DDPM in minutes on a CPU."""
+
+from ddpm_jax.config import apply_variants, default_config
+
+
+def get_config(variants: str = ""):
+    """The config; `variants` are predictions, variances and objectives, comma-separated."""
+    config = default_config()
+    config.data.update(name="digits", image_size=8, channels=1, flip=False)
+    config.model.update(
+        channels=32,
+        channel_multipliers=(1, 2, 2),
+        attention_resolutions=(4,),
+        norm_groups=8,
+        dropout=0.1,
+    )
+    config.train.update(
+        steps=1200,
+        batch_size=64,
+        learning_rate=1e-3,
+        warmup_steps=100,
+        ema_decay=0.995,
+        ema_ramp=True,
+        timesteps="stratified",
+        log_every=50,
+        checkpoint_every=200,
+        sample_every=400,
+    )
+    return apply_variants(config, variants)

@@ -1,0 +1,19 @@
+"""Images: where they come from, and the batches of step N."""
+
+from ddpm_jax.data.pipeline import Batches, batch_positions, random_flip, to_float, to_uint8
+from ddpm_jax.data.records import ReadError, RecordSource
+from ddpm_jax.data.sources import ArraySource, Source, nbytes, open_source
+
+__all__ = [
+    "ArraySource",
+    "Batches",
+    "ReadError",
+    "RecordSource",
+    "Source",
+    "batch_positions",
+    "nbytes",
+    "open_source",
+    "random_flip",
+    "to_float",
+    "to_uint8",
+]

@@ -1,0 +1,182 @@
+"""Images that are decoded one by one, and the file that keeps them decoded."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import logging
+import os
+import pathlib
+import re
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ddpm_jax.config import RequestError
+
+CHUNK = 1024  # Images decoded between two writes.
+MAX_THREADS = 32
+
+
+class ReadError(RuntimeError):
+    """An image could not be read; the message names its file or record."""
+
+
+class RecordSource:
+    """A source that decodes each image when asked for it, in several threads.
+
+    Args:
+      name, split: what it is called.
+      image_shape: (h, w, c) of every image.
+      count: the number of images.
+      read: position -> (uint8 [h, w, c],) or, if `labelled`, (uint8 [h, w, c], int).
+      where: position -> the file or record, for messages.
+      identity: what the decoded images depend on, besides the fields above, with a plain `repr`.
+      labelled: whether there are labels.
+
+    `images` and `labels` raise ReadError.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        image_shape: tuple[int, int, int],
+        count: int,
+        read: Callable[[int], tuple[Any, ...]],
+        where: Callable[[int], str],
+        identity: Iterable[Any],
+        labelled: bool = False,
+    ):
+        self.name, self.split, self.image_shape, self.labelled = name, split, image_shape, labelled
+        self._count, self._read, self._where = count, read, where
+        fields = [("image", np.uint8, image_shape)] + [("label", np.int64)] * labelled
+        self.dtype = np.dtype(fields)
+        self.key = hashlib.sha256(repr([fields, count, *identity]).encode()).hexdigest()[:16]
+        self._threads = min(MAX_THREADS, os.cpu_count() or 1)
+        self._pool = concurrent.futures.ThreadPoolExecutor(self._threads, "decode")
+
+    def __len__(self) -> int:
+        return self._count
+
+    def images(self, positions: np.ndarray) -> np.ndarray:
+        return self.table(positions)["image"]
+
+    def labels(self, positions: np.ndarray) -> np.ndarray | None:
+        return self.table(positions)["label"] if self.labelled else None
+
+    def table(self, positions: np.ndarray) -> np.ndarray:
+        """[n] of `dtype`: image and label together.
+
+        Raises:
+          ReadError: names the first image that could not be read.
+        """
+        table = np.empty(len(positions), self.dtype)
+
+        def fill(indices: np.ndarray) -> None:
+            for index in indices:
+                table[index] = self._record(int(positions[index]))
+
+        list(self._pool.map(fill, np.array_split(np.arange(len(positions)), self._threads)))
+        return table
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """All of it, in order, in tables of CHUNK images, with a progress bar on a terminal."""
+        title = f"Decoding {self.name} {self.split}"
+        with tqdm(total=len(self), desc=title, unit=" images", disable=None) as bar:
+            for start in range(0, len(self), CHUNK):
+                table = self.table(np.arange(start, min(start + CHUNK, len(self))))
+                yield table
+                bar.update(len(table))
+
+    def _record(self, position: int) -> tuple[Any, ...]:
+        try:
+            return self._read(position)
+        except Exception as error:  # Decoders raise errors of every kind.
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ReadError(f"{self._where(position)} cannot be read ({reason})") from error
+
+
+def decode_once(
+    source: RecordSource, cache_dir: pathlib.Path, in_memory: bool
+) -> np.ndarray | None:
+    """[n] of `source.dtype`: the decoded set, mapped from its file in `cache_dir`.
+
+    The file is made if it is missing or damaged. Where it cannot be made, a warning says so, and
+    the set is decoded into memory if `in_memory`; if not, the answer is None.
+
+    Raises:
+      RequestError: names an image that cannot be read.
+    """
+    title = re.sub(r"\W+", "_", f"{source.name} {source.split}").strip("_")
+    path = cache_dir / f"{title}-{source.key}.npy"
+    try:
+        table = _load(path, source)
+        if table is None:
+            _save(path, source)
+            table = _load(path, source)
+        return table
+    except OSError as error:
+        logging.getLogger(__name__).warning(
+            "config.data.cache_dir=%s: cannot keep the decoded images there (%s); decoding them %s",
+            cache_dir,
+            error.strerror or error,
+            "into memory" if in_memory else "again whenever they are needed",
+        )
+        return np.concatenate(list(source.chunks())) if in_memory else None
+    except ReadError as error:
+        raise RequestError(f"config.data: {error}; replace or remove it") from error
+
+
+def _load(path: pathlib.Path, source: RecordSource) -> np.ndarray | None:
+    try:
+        table = np.lib.format.open_memmap(path, mode="r")
+    except (FileNotFoundError, ValueError):  # ValueError: not a whole .npy file.
+        return None
+    whole = table.dtype == source.dtype and table.shape == (len(source),)
+    return np.asarray(table) if whole else None
+
+
+def _save(path: pathlib.Path, source: RecordSource) -> None:
+    """Writes beside the path, then renames: the path never holds a part of the set."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.stem}-{uuid.uuid4().hex[:8]}.tmp")
+    header = {
+        "descr": np.lib.format.dtype_to_descr(source.dtype),
+        "fortran_order": False,
+        "shape": (len(source),),
+    }
+    try:
+        with open(partial, "xb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for table in source.chunks():
+                file.write(table.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def pixels(image: Image.Image, size: int, channels: int) -> np.ndarray:
+    """uint8 [size, size, channels]: the image's central square, grey (1 channel) or RGB (3).
+
+    Transparency is laid on white; 16-bit grey is scaled to 8 bits. A square of another size is
+    resized with Pillow's Lanczos filter, which widens as it reduces and so does not alias.
+    """
+    if image.mode.startswith("I"):  # Pillow's own conversion clips at 255 instead of scaling.
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("L" if channels == 1 else "RGB")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    if side != size:
+        image = image.resize((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(image).reshape(size, size, channels)

@@ -1,0 +1,130 @@
+"""The one entry point: python -m ddpm_jax.main --config=FILE.py[:variants] --workdir=DIR.
+
+Exit codes: 0 done; 2 the request is wrong (one line says why, nothing was started); 75 interrupted,
+the same command goes on; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import jax
+import ml_collections
+
+from ddpm_jax import config as config_lib
+from ddpm_jax import generation, interruption, runs
+from ddpm_jax.config import RequestError
+from ddpm_jax.data import ReadError
+from ddpm_jax.training import check, loop
+from ddpm_jax.training.checkpoints import CheckpointError
+from ddpm_jax.training.metrics import NonFiniteError
+
+MODES = ("train", "sample", "check")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise RequestError(message)
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
+    """The flags, and the overrides (dotted key, text) of `--config.key=value`.
+
+    Raises:
+      RequestError: an unknown flag or a missing value.
+    """
+    parser = _Parser(
+        prog="python -m ddpm_jax.main",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="config keys, each set by --config.KEY=VALUE:\n"
+        + "\n".join(f"  {k} ({f.default}): {f.meaning}" for k, f in config_lib.FIELDS.items()),
+    )
+    parser.add_argument("--config", help="a file of configs/, with variants after a colon")
+    parser.add_argument("--workdir", help="the run's directory")
+    parser.add_argument("--mode", default="train", choices=MODES)
+    known, rest = parser.parse_known_args(argv)
+    overrides = []
+    while rest:
+        flag = rest.pop(0)
+        key, equals, value = flag.removeprefix("--config.").partition("=")
+        if not flag.startswith("--config."):
+            raise RequestError(f"unknown argument {flag}; see --help")
+        if not equals:
+            if not rest:
+                raise RequestError(f"{flag} needs a value")
+            value = rest.pop(0)
+        overrides.append((key, value))
+    return known, overrides
+
+
+def resolve(
+    args: argparse.Namespace, overrides: Sequence[tuple[str, str]]
+) -> ml_collections.ConfigDict:
+    """The valid config of a request: the file's, or else the run's own, with the overrides.
+
+    Raises:
+      RequestError: see `config.validate`; or the request names neither.
+    """
+    if args.config:
+        config = config_lib.load_file(args.config)
+    elif args.workdir:
+        config = runs.RunDirectory.of(args.workdir).load_config()
+    else:
+        raise RequestError("--config=FILE is needed, e.g. --config=configs/digits.py")
+    for key, value in overrides:
+        config_lib.override(config, key, value)
+    config_lib.validate(config)
+    return config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a request; returns the exit code."""
+    try:
+        args, overrides = parse(sys.argv[1:] if argv is None else argv)
+        config = resolve(args, overrides)
+        if args.mode != "check" and not args.workdir:
+            raise RequestError("--workdir=DIR is needed, e.g. --workdir=runs/digits")
+        _use_compilation_cache()
+        if args.mode == "train":
+            loop.train(config, args.workdir, _say)
+        elif args.mode == "sample":
+            run = runs.load(args.workdir, config=config)
+            directory = runs.RunDirectory.of(args.workdir).samples
+            _say(f"samples: {generation.generate(run, directory)}")
+        else:
+            _say(check.report(config))
+    except RequestError as error:
+        return _fail(error, 2)
+    except interruption.Interrupted as error:
+        return _fail(error, interruption.EXIT_CODE)
+    except (CheckpointError, NonFiniteError, ReadError) as error:
+        return _fail(error, 1)
+    return 0
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"error: {error}" if code != interruption.EXIT_CODE else error, file=sys.stderr)
+    return code
+
+
+def _use_compilation_cache() -> None:
+    """Keeps compiled programs in ~/.cache/ddpm_jax/xla, unless JAX_COMPILATION_CACHE_DIR is set."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = pathlib.Path("~/.cache/ddpm_jax/xla").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""A run is a directory: its files, and what can be had from it.
+
+config.json     the resolved config
+checkpoints/    one directory a checkpoint, named after the updates done
+metrics.jsonl   a JSON object a line
+events.…        the same for TensorBoard
+samples/        picture grids, and the outcome of --mode=sample
+figures/        plots
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import ml_collections
+from etils import epath
+
+from ddpm_jax import config as config_lib
+from ddpm_jax.diffusion import Process
+from ddpm_jax.models import UNet
+from ddpm_jax.parallel import Layout, make_layout
+from ddpm_jax.training.checkpoints import Checkpoints
+from ddpm_jax.training.state import init_state, make_optimizer
+
+# What may differ when a run goes on: nothing in it changes the numbers of a step.
+HARMLESS = (
+    "train.steps",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.sample_every",
+    "train.keep_checkpoints",
+    "data.data_dir",
+    "data.cache_dir",
+    "data.resident_bytes",
+    "sample.",
+    "parallel.",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDirectory:
+    """The paths of a run, local or gs://."""
+
+    path: epath.Path
+
+    @classmethod
+    def of(cls, path: epath.PathLike) -> RunDirectory:
+        """The run directory at a path, which need not exist."""
+        return cls(epath.Path(path).expanduser())
+
+    @property
+    def config(self) -> epath.Path:
+        """config.json."""
+        return self.path / "config.json"
+
+    @property
+    def checkpoints(self) -> epath.Path:
+        """The directory of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> epath.Path:
+        """metrics.jsonl."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> epath.Path:
+        """The directory of sampled images."""
+        return self.path / "samples"
+
+    @property
+    def figures(self) -> epath.Path:
+        """The directory of plots."""
+        return self.path / "figures"
+
+    def load_config(self) -> ml_collections.ConfigDict:
+        """The run's config.
+
+        Raises:
+          RequestError: there is none.
+        """
+        if not self.config.exists():
+            raise config_lib.RequestError(
+                f"--workdir={self.path}: no run there (no config.json); train one first, "
+                "or name the directory of a run"
+            )
+        return config_lib.from_json(self.config.read_text())
+
+    def save_config(self, config: ml_collections.ConfigDict) -> None:
+        """Saves the config, or checks that the one saved describes the same numbers.
+
+        Raises:
+          RequestError: the directory holds a run of another config; the differences are listed.
+        """
+        if self.config.exists():
+            saved = self.load_config()
+            differing = [
+                f"{key} was {config_lib.get(saved, key)}, is {config_lib.get(config, key)}"
+                for key in config_lib.FIELDS
+                if config_lib.get(saved, key) != config_lib.get(config, key)
+                and not key.startswith(HARMLESS)
+            ]
+            if differing:
+                raise config_lib.RequestError(
+                    f"--workdir={self.path} holds a run of another config: {'; '.join(differing)}; "
+                    "choose another --workdir, or go back to those values"
+                )
+        self.path.mkdir(parents=True, exist_ok=True)
+        temporary = self.path / "config.json.tmp"
+        temporary.write_text(config_lib.to_json(config))
+        temporary.replace(self.config)
+
+
+def make_model(config: ml_collections.ConfigDict) -> UNet:
+    """The network that the config describes."""
+    learned = config.diffusion.variance in ("learned", "learned_range")
+    m = config.model
+    return UNet(
+        channels=m.channels,
+        channel_multipliers=m.channel_multipliers,
+        num_res_blocks=m.num_res_blocks,
+        attention_resolutions=m.attention_resolutions,
+        dropout=m.dropout,
+        out_channels=config.data.channels * (2 if learned else 1),
+        norm_groups=m.norm_groups,
+        dtype=jax.numpy.dtype(m.dtype),
+    )
+
+
+def image_shape(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
+    """(height, width, channels) of the config's images."""
+    return config.data.image_size, config.data.image_size, config.data.channels
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained model, ready for use: `model.apply({"params": params}, x_t, t)`.
+
+    step: the updates its parameters have had.
+    """
+
+    config: ml_collections.ConfigDict
+    process: Process
+    model: UNet
+    params: Any
+    step: int
+    layout: Layout
+
+
+def load(
+    workdir: epath.PathLike,
+    step: int | None = None,
+    ema: bool = True,
+    config: ml_collections.ConfigDict | None = None,
+) -> Run:
+    """The model of a run, from its newest whole checkpoint.
+
+    Args:
+      workdir: the run's directory.
+      step: the checkpoint wanted, instead of the newest.
+      ema: the parameters' moving average, as in the paper, or the parameters themselves.
+      config: instead of the run's own, where values that do not touch the network differ.
+    Raises:
+      RequestError: no run or no checkpoint there.
+      CheckpointError: the step does not exist, or all checkpoints are damaged.
+    """
+    directory = RunDirectory.of(workdir)
+    config = config or directory.load_config()
+    layout = make_layout("jit")
+    model = make_model(config)
+    abstract = jax.eval_shape(
+        lambda: init_state(model, make_optimizer(config.train), image_shape(config), config.seed)
+    )
+    field = "ema_params" if ema else "params"
+    wanted = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.replicated),
+        {field: getattr(abstract, field)},
+    )
+    if not directory.checkpoints.exists():
+        raise config_lib.RequestError(f"--workdir={workdir}: the run has no checkpoint yet")
+    checkpoints = Checkpoints(directory.checkpoints)
+    try:
+        found = checkpoints.restore(wanted, step)
+    finally:
+        checkpoints.close()
+    if found is None:
+        raise config_lib.RequestError(f"--workdir={workdir}: the run has no checkpoint yet")
+    state, at_step, _ = found
+    return Run(config, config_lib.make_process(config), model, state[field], at_step, layout)

@@ -1,0 +1,72 @@
+"""--mode=check: what a config means, without training: shapes, parameters, memory, FLOPs."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from ddpm_jax import config as config_lib
+from ddpm_jax import likelihood
+from ddpm_jax.data import open_source
+from ddpm_jax.parallel import compile_call
+from ddpm_jax.runs import image_shape
+from ddpm_jax.training.loop import make_job
+from ddpm_jax.training.step import train_call
+
+
+def report(config: ml_collections.ConfigDict) -> str:
+    """The resolved config, tensor shapes, parameters, and the compiled step's memory and FLOPs.
+
+    Raises:
+      RequestError: data or devices do not fit the config.
+    """
+    job = make_job(config)
+    source = open_source(config, batch_size=config.train.batch_size)
+    lines = [f"{key} = {config_lib.get(config, key)}" for key in config_lib.FIELDS]
+    lines.append("")
+    lines.append(f"data: {source.name}/{source.split}, {len(source):,} images {source.image_shape}")
+    lines += _schedule_lines(job.task.process.schedule)
+    lines.append("parameters:")
+    leaves = jax.tree_util.tree_leaves_with_path(job.abstract.params)
+    for path, leaf in leaves:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        lines.append(f"  {name:48} {'×'.join(map(str, leaf.shape))}")
+    lines.append(f"parameters in all: {sum(leaf.size for _, leaf in leaves):,}")
+    lines += _cost_lines(job)
+    return "\n".join(lines)
+
+
+def _schedule_lines(schedule) -> list[str]:
+    prior = float(likelihood.prior_term(schedule, jnp.ones((1, 1)))[0])
+    line = f"diffusion: T = {schedule.num_steps}, ᾱ_T = {float(schedule.alpha_bar[-1]):.3g}, "
+    line += f"L_T ≤ {prior:.3g} bits/dim"
+    if prior > 0.01:
+        line += "; x_T is far from N(0, I): more steps or larger betas are needed"
+    return [line]
+
+
+def _cost_lines(job) -> list[str]:
+    config = job.config
+    batch = (config.train.steps_per_call, config.train.batch_size, *image_shape(config))
+    images = jax.ShapeDtypeStruct(batch, jnp.uint8, sharding=job.layout.split(1))
+    lines = [f"batch: uint8 {list(batch)}, split over {job.layout.num_devices} devices"]
+    state_bytes = sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(job.abstract)
+    )
+    lines.append(f"state: {state_bytes / 2**20:,.1f} MiB a device")
+    if job.layout.mode == "pmap":
+        return lines
+    call = compile_call(job.layout, functools.partial(train_call, job.task), job.sharding)
+    compiled = call.lower(job.abstract, images).compile()
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    if memory is not None:
+        temporary = memory.temp_size_in_bytes / 2**20
+        lines.append(f"step: {temporary:,.1f} MiB of temporary memory a device")
+    if "flops" in cost:
+        lines.append(f"step: {cost['flops'] / 1e9:,.2f} GFLOP a device and compiled call")
+    return lines

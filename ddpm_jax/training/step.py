@@ -1,0 +1,143 @@
+"""The training step (paper, Algorithm 1): one pure function of the state and a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from ddpm_jax import keys, losses
+from ddpm_jax.data import random_flip, to_float
+from ddpm_jax.diffusion import Process
+from ddpm_jax.models import UNet
+from ddpm_jax.training.state import State, ema_decay, learning_rate
+
+QUARTERS = 4  # Parts of 1..T whose losses are shown apart.
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """All that a step needs beside the state and the batch; fixed when it is compiled."""
+
+    model: UNet
+    process: Process
+    optimizer: optax.GradientTransformation
+    train: ml_collections.ConfigDict
+    flip: bool
+    seed: int
+    microbatches: int = 1
+
+
+def example_losses(
+    task: Task, params: Any, images: jax.Array, index: jax.Array, step: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The loss and the t of each example, [batch]: a function of its place in the whole batch.
+
+    Args:
+      images: uint8 [batch, height, width, channels].
+      index: the examples' places in the whole batch, [batch].
+      step: the updates done before.
+    """
+
+    def positional(purpose: str) -> jax.Array:
+        return keys.example_keys(task.seed, purpose, step, index)
+
+    x0 = to_float(images)
+    if task.flip:
+        x0 = random_flip(x0, jax.vmap(jax.random.bernoulli)(positional("flip")))
+    u = jax.vmap(jax.random.uniform)(positional("timestep"))
+    place = losses.TIMESTEPS[task.train.timesteps](u, index, task.train.batch_size)
+    t = losses.timesteps(place, task.process.schedule.num_steps)
+    noise = keys.normal(positional("noise"), 0, x0.shape[1:])
+    dropout_keys = positional("dropout") if task.model.dropout else None
+
+    def denoiser(x_t: jax.Array, t: jax.Array) -> jax.Array:
+        return task.model.apply({"params": params}, x_t, t, dropout_keys)
+
+    loss = losses.training_loss(task.process, denoiser, x0, t, noise, task.train.objective)
+    return loss, t
+
+
+def _loss_and_metrics(task, params, images, index, step):
+    loss, t = example_losses(task, params, images, index, step)
+    quarter = (t - 1) * QUARTERS // task.process.schedule.num_steps
+    in_quarter = quarter[:, None] == jnp.arange(QUARTERS)
+    metrics = {
+        "loss": loss.mean(),
+        "quarter_loss": (in_quarter * loss[:, None]).mean(axis=0),
+        "quarter_share": in_quarter.mean(axis=0, dtype=jnp.float32),
+    }
+    return metrics["loss"], metrics
+
+
+def gradient(
+    task: Task, params: Any, images: jax.Array, index: jax.Array, step: jax.Array
+) -> tuple[Any, dict[str, jax.Array]]:
+    """The gradient of the mean loss of a batch, and metrics, both in float32.
+
+    With several microbatches, one after another, their mean: that of the batch as a whole.
+    """
+
+    def of(images: jax.Array, index: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+        grad_fn = jax.grad(_loss_and_metrics, argnums=1, has_aux=True)
+        return grad_fn(task, params, images, index, step)
+
+    parts = task.microbatches
+    if parts == 1:
+        return of(images, index)
+
+    def deal(x: jax.Array) -> jax.Array:  # Example i goes to part i mod parts, on its device.
+        return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+
+    def add(total: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, of(*part)), None
+
+    shapes = jax.eval_shape(
+        of, images[: images.shape[0] // parts], index[: index.shape[0] // parts]
+    )
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, (deal(images), deal(index)))
+    return jax.tree.map(lambda x: x / parts, total)
+
+
+def train_step(
+    task: Task, state: State, images: jax.Array, axis_name: str | None = None
+) -> tuple[State, dict[str, jax.Array]]:
+    """One update. Algorithm 1.
+
+    Args:
+      images: uint8 [batch, height, width, channels], or under pmap this device's part of it.
+      axis_name: of the devices, under pmap.
+    Returns:
+      The new state, and float32 metrics: loss; quarter_loss and quarter_share [4], whose ratio is
+      the mean loss over that quarter of 1..T; grad_norm, before clipping; learning_rate.
+    """
+    index = jnp.arange(images.shape[0])
+    if axis_name:
+        index += jax.lax.axis_index(axis_name) * images.shape[0]
+    grads, metrics = gradient(task, state.params, images, index, state.step)
+    if axis_name:
+        grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
+    updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    decay = ema_decay(task.train, state.step)
+    ema_params = jax.tree.map(
+        lambda average, new: decay * average + (1 - decay) * new, state.ema_params, params
+    )
+    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["learning_rate"] = jnp.asarray(learning_rate(task.train)(state.step), jnp.float32)
+    return State(state.step + 1, params, ema_params, opt_state), metrics
+
+
+def train_call(
+    task: Task, state: State, images: jax.Array, axis_name: str | None = None
+) -> tuple[State, dict[str, jax.Array]]:
+    """Several updates in one program: images and metrics have a leading axis of steps."""
+    if images.shape[0] == 1:
+        state, metrics = train_step(task, state, images[0], axis_name)
+        return state, jax.tree.map(lambda x: x[None], metrics)
+    return jax.lax.scan(lambda s, x: train_step(task, s, x, axis_name), state, images)

@@ -1,0 +1,249 @@
+"""Batches by position, on one device, on eight and over two processes."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ddpm_jax.config import RequestError
+from ddpm_jax.data import (
+    ArraySource,
+    Batches,
+    ReadError,
+    RecordSource,
+    batch_positions,
+    random_flip,
+    to_float,
+    to_uint8,
+)
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (10, 2, 3, 1)).astype(np.uint8)
+
+
+def stream(seed, batch_size, num_images, length):
+    steps = range(-(-length // batch_size))
+    return np.concatenate([batch_positions(seed, s, batch_size, num_images) for s in steps])[
+        :length
+    ]
+
+
+def one_device():
+    return NamedSharding(Mesh(np.array(jax.devices()[:1]), ("data",)), PartitionSpec(None, "data"))
+
+
+def expected(images, seed, step, batch_size, steps):
+    positions = [batch_positions(seed, step + i, batch_size, len(images)) for i in range(steps)]
+    return images[np.stack(positions)]
+
+
+# Positions.
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 10, 23])
+def test_every_image_once_an_epoch(batch_size):
+    epochs = stream(0, batch_size, 10, 50).reshape(5, 10)
+    np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(10), (5, 1)))
+    assert len({tuple(epoch) for epoch in epochs}) == 5
+    np.testing.assert_array_equal(epochs.ravel(), stream(0, 7, 10, 50))
+
+
+def test_seeds_differ():
+    assert len({tuple(stream(seed, 10, 10, 10)) for seed in range(20)}) == 20
+
+
+def test_permutations_are_uniform():
+    epochs = stream(3, 5, 5, 5 * 4000).reshape(4000, 5)
+    counts = (epochs[:, :, None] == np.arange(5)).sum(0)
+    assert np.abs(counts - 800).max() < 5 * np.sqrt(4000 * 0.2 * 0.8)
+
+
+def test_positions_stay_what_they_were():
+    """Resuming a run with a newer NumPy must see the same batches."""
+    positions = batch_positions(1, 1, 8, 10)
+    assert positions.dtype == np.int64
+    assert positions.tolist() == [1, 4, 0, 6, 5, 3, 4, 9]
+
+
+def test_positions_in_a_fresh_process():
+    code = "from ddpm_jax.data import batch_positions as b; print(b(5, 1000, 6, 1541).tolist())"
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    batch_positions(5, 0, 6, 1541)
+    assert out.stdout.strip() == str(batch_positions(5, 1000, 6, 1541).tolist())
+
+
+# Pixels.
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_levels_round_trip(wrap):
+    levels = jnp.arange(256, dtype=jnp.uint8)
+    floats = wrap(to_float)(levels)
+    assert floats.dtype == jnp.float32
+    assert floats[0] == -1 and floats[-1] == 1 and jnp.abs(floats).max() == 1
+    np.testing.assert_allclose(floats, np.arange(256) / 127.5 - 1, atol=1e-7)
+    back = wrap(to_uint8)(floats)
+    assert back.dtype == jnp.uint8
+    np.testing.assert_array_equal(back, levels)
+
+
+def test_to_uint8_rounds_and_clips():
+    floats = np.arange(256) / 127.5 - 1
+    for off in (-0.49, 0.49):
+        np.testing.assert_array_equal(to_uint8(jnp.float32(floats + off / 127.5)), np.arange(256))
+    np.testing.assert_array_equal(to_uint8(jnp.float32([-1.5, 1.5])), [0, 255])
+
+
+def test_random_flip():
+    flip = np.arange(10) % 3 == 0
+    flipped = jax.jit(random_flip)(IMAGES, flip)
+    assert flipped.dtype == jnp.uint8
+    for image, before, turned in zip(flipped, IMAGES, flip, strict=True):
+        np.testing.assert_array_equal(image, np.fliplr(before) if turned else before)
+
+
+# Batches.
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_batches_in_and_out_of_order(resident):
+    source = ArraySource("made", "train", IMAGES)
+    with Batches(source, 7, 4, 3, one_device(), resident) as batches:
+        for step in (0, 3, 6, 9, 12, 5, 8, 300, 0):
+            batch = batches(step)
+            assert isinstance(batch, jax.Array) and batch.dtype == jnp.uint8
+            np.testing.assert_array_equal(batch, expected(IMAGES, 7, step, 4, 3))
+
+
+class SlowSource(ArraySource):
+    """Records what is asked for, slowly."""
+
+    def __init__(self):
+        super().__init__("slow", "train", IMAGES)
+        self.asked = []
+
+    def images(self, positions):
+        time.sleep(0.05)
+        self.asked.append(positions)
+        return super().images(positions)
+
+
+def test_reads_ahead_a_few_calls_and_stops():
+    source = SlowSource()
+    batches = Batches(source, 0, 2, 1, one_device(), resident=False)
+    batches(0)
+    assert 0.04 < batches.wait_seconds < 0.5
+    time.sleep(0.4)
+    assert len(source.asked) == 4  # The call's, and three ahead.
+    batches.wait_seconds = 0.0
+    batches(1)
+    assert batches.wait_seconds < 0.04  # It was there.
+    batches.close()
+    asked = len(source.asked)
+    assert asked <= 5 and not [t for t in threading.enumerate() if t.name.startswith("read-ahead")]
+    batches.close()
+
+
+def test_an_unreadable_image_surfaces_where_it_is_needed():
+    def read(position):
+        if position == bad:
+            raise OSError("truncated")
+        return (IMAGES[position],)
+
+    bad = int(batch_positions(0, 2, 2, 10)[0])
+    source = RecordSource("made", "train", (2, 3, 1), 10, read, lambda p: f"image {p}.png", [])
+    with Batches(source, 0, 2, 1, one_device(), resident=False) as batches:
+        np.testing.assert_array_equal(batches(0), expected(IMAGES, 0, 0, 2, 1))
+        np.testing.assert_array_equal(batches(1), expected(IMAGES, 0, 1, 2, 1))
+        with pytest.raises(ReadError, match=f"image {bad}.png cannot be read .OSError: truncated"):
+            batches(2)
+        np.testing.assert_array_equal(batches(3), expected(IMAGES, 0, 3, 2, 1))
+
+
+EIGHT = """
+import sys, jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from ddpm_jax.config import RequestError
+from ddpm_jax.data import ArraySource, Batches
+source = ArraySource("made", "train", np.load(sys.argv[1]))
+flat = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), P(None, "data"))
+grid = NamedSharding(Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model")), P(None, "data"))
+out = {}
+for name, sharding in {"flat": flat, "grid": grid}.items():
+    for resident in (True, False):
+        with Batches(source, 7, 8, 3, sharding, resident) as batches:
+            batch = batches(6)
+        assert batch.sharding.is_equivalent_to(sharding, batch.ndim), batch.sharding
+        out[f"{name} {resident}"] = np.asarray(batch)
+np.savez(sys.argv[2], **out)
+try:
+    Batches(source, 7, 12, 3, flat, True)
+except RequestError as error:
+    print(error)
+"""
+
+
+def test_eight_devices_equal_one(tmp_path):
+    np.save(tmp_path / "images.npy", IMAGES)
+    arguments = [sys.executable, "-c", EIGHT, tmp_path / "images.npy", tmp_path / "out.npz"]
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    run = subprocess.run(arguments, env=os.environ | flags, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("config.train.batch_size=12: must divide over the devices")
+    out = np.load(tmp_path / "out.npz")
+    assert len(out) == 4
+    for batch in out.values():
+        np.testing.assert_array_equal(batch, expected(IMAGES, 7, 6, 8, 3))
+
+
+TWO = """
+import sys, jax, numpy as np
+port, process, images, out = sys.argv[1:]
+jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(process))
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from ddpm_jax.data import ArraySource, Batches
+class Counted(ArraySource):
+    rows = 0
+    def images(self, positions):
+        self.rows = max(self.rows, len(positions))
+        return super().images(positions)
+sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), P(None, "data"))
+for resident in (True, False):
+    source = Counted("made", "train", np.load(images))
+    with Batches(source, 7, 8, 3, sharding, resident) as batches:
+        batch = batches(6)
+    assert resident or source.rows == 3 * 8 // 2, source.rows
+    assert batch.shape[:2] == (3, 8)
+    mine = sorted(batch.addressable_shards, key=lambda shard: shard.index[1].start)
+    np.save(f"{out}/{process} {resident}.npy", np.concatenate([s.data for s in mine], 1))
+"""
+
+
+def test_two_processes_equal_one(tmp_path):
+    np.save(tmp_path / "images.npy", IMAGES)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO, str(port), str(i), tmp_path / "images.npy", tmp_path],
+            env=os.environ | flags,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    for run in runs:
+        _, errors = run.communicate(timeout=120)
+        assert run.returncode == 0, errors
+    for resident in (True, False):
+        halves = [np.load(tmp_path / f"{i} {resident}.npy") for i in range(2)]
+        np.testing.assert_array_equal(np.concatenate(halves, 1), expected(IMAGES, 7, 6, 8, 3))

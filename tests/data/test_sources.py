@@ -1,0 +1,406 @@
+"""Sources against scikit-learn's digits, and against files and records made here."""
+
+import importlib.resources.abc
+import io
+import os
+import re
+import shlex
+import shutil
+import sys
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_jax.config import RequestError, default_config
+from ddpm_jax.data import RecordSource, folder, nbytes, open_source, records
+
+
+@pytest.fixture
+def config(tmp_path):
+    config = default_config()
+    config.data.cache_dir = str(tmp_path / "cache")
+    return config
+
+
+def everything(source):
+    return source.images(np.arange(len(source)))
+
+
+def refusal(config, *args, **kwargs):
+    """The message of the RequestError that opening raises, which must be one line."""
+    with pytest.raises(RequestError) as caught:
+        open_source(config, *args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# Digits.
+
+
+@pytest.fixture
+def digits(config):
+    config.data.update(name="digits", image_size=8, channels=1)
+    return config
+
+
+def test_digits_are_scikit_learns(digits):
+    known = pytest.importorskip("sklearn.datasets").load_digits()
+    levels = np.array([round(255 * v / 16) for v in range(17)])
+    for split, chosen in {
+        "train": [i for i in range(1797) if i % 7 != 6],
+        "test": [i for i in range(1797) if i % 7 == 6],
+    }.items():
+        source = open_source(digits, split)
+        images = everything(source)
+        assert images.dtype == np.uint8 and source.image_shape == (8, 8, 1)
+        np.testing.assert_array_equal(images[..., 0], levels[known.images.astype(int)][chosen])
+        np.testing.assert_array_equal(source.labels(np.arange(len(source))), known.target[chosen])
+        assert nbytes(source) == images.nbytes
+    assert (images.min(), images.max()) == (0, 255)
+
+
+def test_requests_that_do_not_fit(digits):
+    digits.train.batch_size = 2000
+    assert "config.train.batch_size=2000" in refusal(digits, batch_size=2000)
+    assert len(open_source(digits, batch_size=1541)) == 1541
+    message = refusal(digits, "validation")
+    assert "config.data.split=validation" in message and "train, test" in message
+    digits.data.update(image_size=32, channels=3)
+    message = refusal(digits)
+    assert "8x8" in message
+    assert "--config.data.image_size=8 --config.data.channels=1" in message
+
+
+# Folders.
+
+
+@pytest.fixture
+def pictures(config, tmp_path):
+    root = tmp_path / "pictures of Åse"
+    root.mkdir()
+    config.data.update(name="folder", data_dir=str(root), image_size=4, channels=3)
+    return config, root
+
+
+def picture(rng, height=4, width=4):
+    return rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+def test_folder_in_order_of_relative_paths(pictures):
+    config, root = pictures
+    rng = np.random.default_rng(0)
+    names = ["b/ø 2.png", "a.PNG", "b/a.png", "c.jpeg"]
+    made = {name: picture(rng) for name in names}
+    (root / "b").mkdir()
+    for name, image in made.items():
+        Image.fromarray(image).save(root / name)
+    (root / "notes.txt").write_text("no image")
+    (root / "._a.png").write_bytes(b"not one either")
+    images = everything(open_source(config))
+    order = ["a.PNG", "b/a.png", "b/ø 2.png"]
+    np.testing.assert_array_equal(images[:3], [made[name] for name in order])
+    np.testing.assert_array_equal(images[3], np.asarray(Image.open(root / "c.jpeg")))
+    assert len(images) == 4
+    assert open_source(config).labels(np.arange(4)) is None
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_folder_crops_the_centre(pictures, turned):
+    config, root = pictures
+    wide = picture(np.random.default_rng(1), 4, 9)
+    centre = wide[:, 2:6]
+    if turned:
+        wide, centre = wide.swapaxes(0, 1), centre.swapaxes(0, 1)
+    Image.fromarray(wide).save(root / "wide.png")
+    np.testing.assert_array_equal(everything(open_source(config))[0], centre)
+
+
+def test_folder_resizes_without_aliasing(pictures):
+    config, root = pictures
+    checks = np.indices((64, 64)).sum(0) % 2 * 255
+    Image.fromarray(checks.astype(np.uint8)).save(root / "checks.png")
+    image = everything(open_source(config))[0].astype(int)
+    assert np.abs(image - 127.5).max() < 3  # Taking every sixteenth pixel would give 0 or 255.
+
+
+def test_folder_colours(pictures):
+    config, root = pictures
+    red_glass = Image.new("RGBA", (4, 4), (255, 0, 0, 51))
+    red_glass.save(root / "0.png")  # A fifth of red on four fifths of white.
+    deep = np.full((4, 4), 0x8080, np.uint16)
+    Image.fromarray(deep).save(root / "1.png")
+    half = Image.fromarray(np.repeat(np.uint8([[200], [10]]), 2, 0).repeat(4, 1))
+    exif = half.getexif()
+    exif[0x0112] = 3  # Turned by 180 degrees.
+    half.save(root / "2.png", exif=exif)
+    palette = Image.new("P", (4, 4))
+    palette.putpalette([10, 20, 30] * 256)
+    palette.save(root / "3.png")
+    images = everything(open_source(config))
+    assert (images[0] == (255, 204, 204)).all()
+    assert (images[1] == 0x80).all()
+    assert (images[2, :2] == 10).all() and (images[2, 2:] == 200).all()
+    assert (images[3] == (10, 20, 30)).all()
+    config.data.channels = 1
+    grey = everything(open_source(config))
+    assert grey.shape == (4, 4, 4, 1)
+    assert (grey[0] == round(0.299 * 255 + 0.701 * 204)).all()
+
+
+def test_folder_splits(pictures):
+    config, root = pictures
+    rng = np.random.default_rng(2)
+    for name in ("x.png", "test/y.png"):
+        (root / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(picture(rng)).save(root / name)
+    assert len(open_source(config)) == 2
+    assert len(open_source(config, "test")) == 1
+    assert "test" in refusal(config, "validation")
+    (root / "train").mkdir()
+    assert "no images" in refusal(config)
+
+
+def test_folder_requests_that_do_not_fit(pictures):
+    config, root = pictures
+    assert str(root) in refusal(config)
+    config.data.channels = 2
+    assert "--config.data.channels=1" in refusal(config)
+    for directory in ("", str(root / "nowhere")):
+        config.data.data_dir = directory
+        assert "--config.data.data_dir=" in refusal(config)
+
+
+def test_folder_names_a_corrupt_file(pictures, tmp_path):
+    config, root = pictures
+    rng = np.random.default_rng(3)
+    Image.fromarray(picture(rng)).save(root / "good.png")
+    whole = io.BytesIO()
+    Image.fromarray(picture(rng, 64, 64)).save(whole, "PNG")
+    (root / "torn.png").write_bytes(whole.getvalue()[:3000])
+    assert str(root / "torn.png") in refusal(config)
+    assert os.listdir(tmp_path / "cache") == []
+
+
+def test_folder_cache(pictures, tmp_path, monkeypatch):
+    config, root = pictures
+    rng = np.random.default_rng(4)
+    made = [picture(rng) for _ in range(3)]
+    for index, image in enumerate(made):
+        Image.fromarray(image).save(root / f"{index}.png")
+    np.testing.assert_array_equal(everything(open_source(config)), made)
+    [file] = (tmp_path / "cache").iterdir()
+
+    with monkeypatch.context() as patch:  # It is not decoded again.
+        patch.setattr(folder, "pixels", lambda *_: pytest.fail("decoded again"))
+        np.testing.assert_array_equal(everything(open_source(config)), made)
+    for damage in (b"", file.read_bytes()[:-7], b"PK" + file.read_bytes()[2:]):
+        file.write_bytes(damage)
+        np.testing.assert_array_equal(everything(open_source(config)), made)
+
+    made[1] = picture(rng)  # Another image of the same name; its size in bytes may be the same.
+    Image.fromarray(made[1]).save(root / "1.png")
+    os.utime(root / "1.png", ns=(10**18, 10**18))
+    np.testing.assert_array_equal(everything(open_source(config)), made)
+
+
+def test_folder_without_a_cache(pictures, tmp_path, caplog):
+    config, root = pictures
+    image = picture(np.random.default_rng(5))
+    Image.fromarray(image).save(root / "only.png")
+    (tmp_path / "file").write_text("")
+    config.data.cache_dir = str(tmp_path / "file" / "cache")  # Not even root can make it.
+    np.testing.assert_array_equal(everything(open_source(config)), [image])
+    config.data.resident_bytes = 0
+    source = open_source(config)
+    assert isinstance(source, RecordSource)
+    np.testing.assert_array_equal(everything(source), [image])
+    assert len(caplog.messages) == 2 and "\n" not in "".join(caplog.messages)
+    assert all("config.data.cache_dir" in message for message in caplog.messages)
+
+
+# TensorFlow Datasets.
+
+
+def prepare(data_dir, set_name, features, examples):
+    """Prepares a set as array_record, without TensorFlow: images must come as encoded files."""
+    sys.modules.setdefault("importlib_resources", importlib.resources)  # TFDS does not declare it.
+    import tensorflow_datasets as tfds
+
+    class Made(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = set_name
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features(tfds.features))
+            )
+
+        def _split_generators(self, _):
+            return {"train": enumerate(examples()), "test": enumerate(examples()[:5])}
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    Made(data_dir=data_dir, file_format="array_record").download_and_prepare()
+
+
+def encoded(image):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    file.seek(0)
+    return file
+
+
+@pytest.fixture(scope="module")
+def tfds_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tfds sets")
+    flat = [np.full((6, 6), 10 * label, np.uint8) for label in range(20)]
+    prepare(
+        directory,
+        "tiny",
+        lambda f: {
+            "image": f.Image(shape=(6, 6, 1)),
+            "mask": f.Image(shape=(6, 6, 1)),
+            "label": f.ClassLabel(num_classes=20),
+        },
+        lambda: [
+            {"image": encoded(image), "mask": encoded(255 - image), "label": label}
+            for label, image in enumerate(flat)
+        ],
+    )
+    prepare(
+        directory,
+        "varied",
+        lambda f: {"photo": f.Image(), "label": f.Text()},
+        lambda: [
+            {"photo": encoded(np.full((6 + n, 8, 3), n, np.uint8)), "label": "x"} for n in range(5)
+        ],
+    )
+    prepare(
+        directory,
+        "broken",
+        lambda f: {"image": f.Image(shape=(6, 6, 1))},
+        lambda: [
+            {"image": io.BytesIO(b"no image at all") if label == 13 else encoded(image)}
+            for label, image in enumerate(flat)
+        ],
+    )
+    prepare(
+        directory,
+        "pair",
+        lambda f: {"left": f.Image(shape=(6, 6, 1)), "right": f.Image(shape=(6, 6, 1))},
+        lambda: [{"left": encoded(image), "right": encoded(image)} for image in flat],
+    )
+    return directory
+
+
+@pytest.fixture
+def tiny(config, tfds_dir):
+    config.data.update(name="tiny", data_dir=str(tfds_dir), image_size=6, channels=1)
+    return config
+
+
+@pytest.mark.parametrize("resident_bytes", [0, 2**20])
+def test_tfds_set(tiny, resident_bytes, caplog, capfd):
+    tiny.data.resident_bytes = resident_bytes
+    source = open_source(tiny)
+    assert isinstance(source, RecordSource) == (resident_bytes == 0)
+    images, labels = everything(source), source.labels(np.arange(20))
+    assert images.shape == (20, 6, 6, 1) and images.dtype == np.uint8 and labels.dtype == np.int64
+    assert sorted(labels) == list(range(20))
+    np.testing.assert_array_equal(
+        images, np.broadcast_to(10 * labels[:, None, None, None], images.shape)
+    )
+    positions = np.array([7, 3, 3])
+    np.testing.assert_array_equal(source.images(positions), images[positions])
+    np.testing.assert_array_equal(source.labels(positions), labels[positions])
+    assert not caplog.messages and capfd.readouterr() == ("", "")
+
+
+def test_tfds_splits(tiny):
+    labels = open_source(tiny).labels(np.arange(20))
+    np.testing.assert_array_equal(
+        open_source(tiny, "train[25%:50%]").labels(np.arange(5)), labels[5:10]
+    )
+    assert len(open_source(tiny, "test")) == 5
+    assert len(open_source(tiny, "train+test")) == 25
+    for split in ("validation", "train[:0]", "train[what"):
+        message = refusal(tiny, split)
+        assert f"config.data.split={split}" in message and "train, test" in message
+
+
+def test_tfds_set_is_decoded_once(tiny, monkeypatch):
+    before = everything(open_source(tiny))
+    monkeypatch.setattr(records.RecordSource, "table", lambda *_: pytest.fail("decoded again"))
+    np.testing.assert_array_equal(everything(open_source(tiny)), before)
+
+
+def test_tfds_images_of_many_sizes(tiny):
+    tiny.data.update(name="varied", channels=3)
+    source = open_source(tiny)
+    assert sorted(everything(source)[:, 0, 0, 0]) == list(range(5))
+    assert source.image_shape == (6, 6, 3) and source.labels(np.arange(5)) is None
+
+
+def test_tfds_names_a_broken_record(tiny):
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    tiny.data.name = "broken"
+    message = refusal(tiny, "train[50%:]+train[:50%]")
+    record, file = re.search(r"record (\d+) of (.+array_record\S+)", message).groups()
+    assert b"no image at all" in ArrayRecordReader(file).read([int(record)])[0]
+
+
+def test_tfds_set_that_is_not_prepared(tiny, tmp_path, caplog):
+    tiny.data.update(name="mnist", data_dir=str(tmp_path / "it's here"))
+    message = refusal(tiny)
+    assert "config.data.name=mnist: not prepared" in message
+    _, _, command = message.partition("pip install 'ddpm_jax[prepare]' && python -c ")
+    [code] = shlex.split(command)
+    asked = {}
+    fake = types.SimpleNamespace(
+        builder=lambda name, **kwargs: (
+            asked.update(kwargs, name=name)
+            or types.SimpleNamespace(download_and_prepare=lambda: asked.update(done=True))
+        )
+    )
+    exec(code.replace("import tensorflow_datasets as tfds; ", ""), {"tfds": fake})
+    assert asked == {
+        "name": "mnist",
+        "data_dir": tiny.data.data_dir,
+        "file_format": "array_record",
+        "done": True,
+    }
+    assert not caplog.messages
+    tiny.data.data_dir = ""
+    assert 'tfds.builder("mnist", file_format=' in refusal(tiny)
+
+
+def test_tfds_set_prepared_as_tfrecord(tiny, tfds_dir, tmp_path):
+    shutil.copytree(tfds_dir / "tiny", tmp_path / "tiny")
+    info = tmp_path / "tiny/1.0.0/dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    tiny.data.data_dir = str(tmp_path)
+    message = refusal(tiny)
+    assert "as tfrecord" in message and "download_and_prepare()" in message
+    assert f"--config.data.data_dir={tmp_path}_array_record" in message
+
+
+def test_tfds_requests_that_do_not_fit(tiny, tfds_dir, tmp_path):
+    tiny.data.name = "pair"
+    assert "left, right" in refusal(tiny)
+    tiny.data.name = "cifar1"
+    message = refusal(tiny)
+    assert all(word in message for word in ("cifar10", "digits", "folder"))
+    tiny.data.name = "huggingface:cifar10"
+    assert "no such set" in refusal(tiny)
+    tiny.data.name = "lsun/church"
+    assert "lsun/church_outdoor" in refusal(tiny)
+    shutil.copytree(tfds_dir / "tiny", tmp_path / "tiny")
+    [file] = (tmp_path / "tiny/1.0.0").glob("tiny-train.array_record*")
+    file.unlink()
+    tiny.data.update(name="tiny", data_dir=str(tmp_path))
+    assert str(file) in refusal(tiny)
