@@ -1,10 +1,16 @@
-"""The embedded 8×8 digits: a DDPM in minutes on a CPU."""
+"""The embedded 8×8 digits: a DDPM in minutes on a CPU.
+
+    python -m ddpm_jax.main --config=configs/digits.py --workdir=runs/digits
+    python -m ddpm_jax.main --config=configs/digits.py:mu,vlb,learned --workdir=runs/digits_mu
+"""
+
+import ml_collections
 
 from ddpm_jax.config import apply_variants, default_config
 
 
-def get_config(variants: str = ""):
-    """The config; `variants` are predictions, variances and objectives, comma-separated."""
+def get_config(variants: str = "") -> ml_collections.ConfigDict:
+    """The config: predictions, variances and objectives, comma-separated."""
     config = default_config()
     config.data.update(name="digits", image_size=8, channels=1, flip=False)
     config.model.update(
