@@ -3,7 +3,7 @@
     python -m ddpm_jax.main --config=configs/folder.py --workdir=runs/mine \
         --config.data.data_dir=path/to/images --config.data.image_size=128
 
-Cost: at 64×64 about four times that of CIFAR-10 a step (39.5 M parameters).
+Cost: at 64×64 about four times that of CIFAR-10 a step (45.7 M parameters).
 Expected: depends on the images; some ten thousand are needed for samples that are not copies.
 """
 

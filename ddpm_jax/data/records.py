@@ -113,7 +113,13 @@ def decode_once(
       RequestError: names an image that cannot be read.
     """
     title = re.sub(r"\W+", "_", f"{source.name} {source.split}").strip("_")
-    path = cache_dir / f"{title}-{source.key}.npy"
+    try:
+        return _decoded(source, cache_dir / f"{title}-{source.key}.npy", in_memory)
+    except ReadError as error:
+        raise RequestError(f"config.data: {error}; replace or remove it") from error
+
+
+def _decoded(source: RecordSource, path: pathlib.Path, in_memory: bool) -> np.ndarray | None:
     try:
         table = _load(path, source)
         if table is None:
@@ -123,13 +129,11 @@ def decode_once(
     except OSError as error:
         logging.getLogger(__name__).warning(
             "config.data.cache_dir=%s: cannot keep the decoded images there (%s); decoding them %s",
-            cache_dir,
+            path.parent,
             error.strerror or error,
             "into memory" if in_memory else "again whenever they are needed",
         )
-        return np.concatenate(list(source.chunks())) if in_memory else None
-    except ReadError as error:
-        raise RequestError(f"config.data: {error}; replace or remove it") from error
+    return np.concatenate(list(source.chunks())) if in_memory else None
 
 
 def _load(path: pathlib.Path, source: RecordSource) -> np.ndarray | None:

@@ -145,7 +145,7 @@ def _image_feature(info: Any, data: ml_collections.ConfigDict) -> tuple[str, tup
     if key not in images:
         raise RequestError(
             f"config.data.name={data.name}: a set needs an image feature `image` or just one image "
-            f"feature, and its features are {', '.join(info.features)}"
+            f"feature, and its features are {', '.join(sorted(info.features))}"
         )
     height, width, channels = info.features[key].shape
     if info.features[key].np_dtype != np.uint8 or channels not in (1, 3):

@@ -33,7 +33,7 @@ class Checkpoints:
     def __init__(self, directory: epath.PathLike, keep: int = 3):
         """Opens the directory, which need not exist; `keep` newest checkpoints are kept."""
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file.
-        self._directory = epath.Path(directory)
+        self._directory = epath.Path(directory).resolve()  # Orbax reads absolute paths only.
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
             step_prefix=None,
@@ -99,9 +99,9 @@ class Checkpoints:
                 return self._read(candidate, abstract)
             except Exception as error:  # Orbax raises whatever its layers happen to raise.
                 reason = str(error).strip().splitlines()[0][:200] if str(error) else repr(error)
-                warn(f"checkpoint {candidate} is damaged and passed over: {reason}")
+                warn(f"checkpoint {candidate} cannot be read and is passed over: {reason}")
         if steps:
-            raise CheckpointError(f"no whole checkpoint in {self._directory}: all are damaged")
+            raise CheckpointError(f"none of the checkpoints {steps} in {self._directory} can be read whole")
         return None
 
     def _read(self, step: int, abstract: Any) -> tuple[Any, int, dict[str, Any]]:

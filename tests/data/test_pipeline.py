@@ -134,13 +134,13 @@ class SlowSource(ArraySource):
 
 def test_reads_ahead_a_few_calls_and_stops():
     source = SlowSource("slow", "train", IMAGES)
-    batches = Batches(source, 0, 2, 1, one_device(), resident=False)
+    batches = Batches(source, 0, 2, 3, one_device(), resident=False)
     batches(0)
     assert batches.wait_seconds > 0.19
     time.sleep(1.2)
     assert source.asked == 4  # The call's, and three ahead.
     batches.wait_seconds = 0.0
-    batches(1)
+    batches(3)
     assert batches.wait_seconds < 0.1  # It was there.
     batches.close()
     batches.close()

@@ -196,10 +196,25 @@ def test_folder_cache(pictures, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:  # It is not decoded again.
         patch.setattr(folder, "pixels", lambda *_: pytest.fail("decoded again"))
         np.testing.assert_array_equal(everything(open_source(config)), made)
-    for damage in (b"", file.read_bytes()[:-7], b"PK" + file.read_bytes()[2:]):
-        file.write_bytes(damage)
+    whole = np.load(file)
+    for damage in (
+        b"",
+        file.read_bytes()[:-7],
+        b"PK" + file.read_bytes()[2:],
+        whole[:2],
+        [1, 2, 3],
+    ):
+        file.unlink()
+        if isinstance(damage, bytes):
+            file.write_bytes(damage)
+        else:
+            np.save(file, damage)
         np.testing.assert_array_equal(everything(open_source(config)), made)
 
+    config.data.image_size = 2
+    assert open_source(config).image_shape == (2, 2, 3)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    config.data.image_size = 4
     made[1] = picture(rng)  # Another image of the same name; its size in bytes may be the same.
     Image.fromarray(made[1]).save(root / "1.png")
     os.utime(root / "1.png", ns=(10**18, 10**18))
@@ -219,6 +234,9 @@ def test_folder_without_a_cache(pictures, tmp_path, caplog):
     np.testing.assert_array_equal(everything(source), [image])
     assert len(caplog.messages) == 2 and "\n" not in "".join(caplog.messages)
     assert all("config.data.cache_dir" in message for message in caplog.messages)
+    config.data.resident_bytes = 100
+    (root / "torn.png").write_bytes(b"torn")
+    assert str(root / "torn.png") in refusal(config)
 
 
 # TensorFlow Datasets.
@@ -281,6 +299,12 @@ def tfds_dir(tmp_path_factory):
     )
     prepare(
         directory,
+        "oblong",
+        lambda f: {"image": f.Image(shape=(4, 9, 1))},
+        lambda: [{"image": encoded(np.zeros((4, 9), np.uint8))}],
+    )
+    prepare(
+        directory,
         "broken",
         lambda f: {"image": f.Image(shape=(6, 6, 1))},
         lambda: [
@@ -327,6 +351,9 @@ def test_tfds_splits(tiny):
     )
     assert len(open_source(tiny, "test")) == 5
     assert len(open_source(tiny, "train+test")) == 25
+    first, last = (open_source(tiny, split) for split in ("train[:5]", "train[-5:]"))
+    np.testing.assert_array_equal(first.labels(np.arange(5)), labels[:5])
+    np.testing.assert_array_equal(last.labels(np.arange(5)), labels[-5:])
     for split in ("validation", "train[:0]", "train[what"):
         message = refusal(tiny, split)
         assert f"config.data.split={split}" in message and "train, test" in message
@@ -343,15 +370,19 @@ def test_tfds_images_of_many_sizes(tiny):
     source = open_source(tiny)
     assert sorted(everything(source)[:, 0, 0, 0]) == list(range(5))
     assert source.image_shape == (6, 6, 3) and source.labels(np.arange(5)) is None
+    tiny.data.update(name="oblong", channels=1)
+    assert open_source(tiny).image_shape == (6, 6, 1)
 
 
 def test_tfds_names_a_broken_record(tiny):
     from array_record.python.array_record_module import ArrayRecordReader
 
     tiny.data.name = "broken"
-    message = refusal(tiny, "train[50%:]+train[:50%]")
-    record, file = re.search(r"record (\d+) of (.+array_record\S+)", message).groups()
+    named = re.search(r"record (\d+) of (.+array_record\S+)", refusal(tiny))
+    record, file = named.groups()
     assert b"no image at all" in ArrayRecordReader(file).read([int(record)])[0]
+    for split in ("test+train[1:]", f"test+train[{record}:]"):
+        assert named[0] in refusal(tiny, split)
 
 
 def test_tfds_set_that_is_not_prepared(tiny, tmp_path, caplog):

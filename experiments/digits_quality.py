@@ -1,0 +1,106 @@
+"""Are the digits digits, of every class, and no copies? A classifier and neighbours answer.
+
+    pip install 'ddpm_jax[test]'
+    python -m ddpm_jax.main --mode=sample --workdir=runs/digits --config.sample.count=1000
+    python -m experiments.digits_quality --workdir=runs/digits
+
+Writes evaluation/digits_quality.json and figures/digits_neighbors.png into the run. The classifier
+is a support vector machine with Platt's probabilities, trained on the real training digits; the
+same questions asked of the real test digits say how the answers would look for perfect samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from ddpm_jax import config as config_lib
+from ddpm_jax import figures
+from ddpm_jax.data import Source, open_source
+from ddpm_jax.generation import load_images
+from ddpm_jax.runs import RunDirectory
+
+CONFIDENT = 0.9
+
+
+def quality(images: np.ndarray, train: Source, test: Source) -> dict[str, Any]:
+    """What the classifier and the neighbours say of uint8 images [n, 8, 8, 1].
+
+    Returns, for the images and for the real test digits: the share that the classifier gives a
+    probability over 0.9, the share of each class, and quantiles of the distance to the nearest
+    training digit (RMSE on 0–255).
+    """
+    from sklearn.calibration import CalibratedClassifierCV
+    from sklearn.svm import SVC
+
+    everything = np.arange(len(train))
+    reference, labels = _flat(train.images(everything)), train.labels(everything)
+    classifier = CalibratedClassifierCV(SVC(gamma=0.001 * 256 / 255**2), ensemble=False)
+    classifier.fit(reference, labels)
+    held_out = _flat(test.images(np.arange(len(test))))
+    result = {}
+    for name, flat in (("samples", _flat(images)), ("real test digits", held_out)):
+        probabilities = classifier.predict_proba(flat)
+        distances, _ = nearest(flat, reference)
+        classes = np.bincount(probabilities.argmax(axis=1), minlength=10) / len(flat)
+        result[name] = {
+            "count": len(flat),
+            "share_confident": float((probabilities.max(axis=1) > CONFIDENT).mean()),
+            "class_shares": classes.round(4).tolist(),
+            "neighbor_rmse_quantiles": {
+                str(q): float(np.quantile(distances, q)) for q in (0, 0.01, 0.1, 0.5, 0.9)
+            },
+            "copies": int((distances < 1).sum()),
+        }
+    return result
+
+
+def nearest(queries: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The RMSE to, and the position of, the nearest row of reference, for each query row."""
+    squares = (queries**2).sum(axis=1)[:, None] + (reference**2).sum(axis=1)
+    squares -= 2 * queries @ reference.T
+    positions = squares.argmin(axis=1)
+    rows = np.arange(len(queries))
+    smallest = np.maximum(squares[rows, positions], 0)
+    return np.sqrt(smallest / queries.shape[1]), positions
+
+
+def _flat(images: np.ndarray) -> np.ndarray:
+    return images.reshape(len(images), -1).astype(np.float64)
+
+
+def main() -> None:
+    """Reads the run's newest samples, writes and prints the answers."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workdir", required=True, help="a run of configs/digits.py")
+    directory = RunDirectory.of(parser.parse_args().workdir)
+    config = directory.load_config()
+    files = sorted(directory.samples.glob("*.npz"), key=lambda path: path.stat().mtime)
+    if not files:
+        raise config_lib.RequestError(
+            f"no samples in {directory.samples}: run ddpm_jax.main --mode=sample first"
+        )
+    images, protocol = load_images(files[-1])
+    train, test = open_source(config, "train"), open_source(config, "test")
+    result = {**quality(images, train, test), "protocol": protocol}
+    target = directory.path / "evaluation" / "digits_quality.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+    _picture(directory.figures / "digits_neighbors.png", images[:16], train)
+
+
+def _picture(path: epath.Path, images: np.ndarray, train: Source) -> None:
+    reference = train.images(np.arange(len(train)))
+    _, positions = nearest(_flat(images), _flat(reference))
+    pair = np.concatenate([images, reference[positions]])
+    figures.save_png(path, figures.grid(pair, columns=len(images)))
+    print(f"samples (top) and their nearest training digits (bottom): {path}")
+
+
+if __name__ == "__main__":
+    main()

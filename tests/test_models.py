@@ -1,0 +1,200 @@
+"""The network against the authors' parameter counts, float64 NumPy and XLA's own gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from ddpm_jax.models import UNet, layers, timestep_embedding
+
+TINY = {"channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1}
+
+
+def shapes(model, size, channels=3):
+    x = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
+    t = jax.ShapeDtypeStruct((1,), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), x, t)["params"]
+
+
+def apply(model, params, *inputs):
+    """model.apply under jit, which compiles in less time than the layers one by one take."""
+    return jax.jit(model.apply)({"params": params}, *inputs)
+
+
+def randomised(params, seed=0):
+    """Parameters in which no layer is nearly zero, so that every path shows."""
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    leaves = [0.2 * jax.random.normal(k, x.shape) + 0.1 for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, leaves)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "size", "count"),
+    [
+        ({}, 32, 35_746_307),
+        ({"channel_multipliers": (1, 1, 2, 2, 4, 4)}, 256, 113_673_219),
+        ({"channel_multipliers": (1, 1, 2, 2, 4, 4), "channels": 192}, 256, 255_677_955),
+    ],
+)
+def test_parameter_counts_are_the_authors(attributes, size, count):
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes(UNet(**attributes), size))) == count
+
+
+def test_attention_follows_each_block_at_16_and_the_middle():
+    names = [name for name in shapes(UNet(), 32) if "attention" in name]
+    assert sorted(names) == [
+        "down_1_attention_0",
+        "down_1_attention_1",
+        "middle_attention",
+        "up_1_attention_0",
+        "up_1_attention_1",
+        "up_1_attention_2",
+    ]
+
+
+def test_timestep_embedding_is_sin_then_cos_over_half_minus_one():
+    position = np.array([0, 1, 500, 999])
+    frequencies = 10000.0 ** (-np.arange(64) / 63)
+    angles = position[:, None] * frequencies
+    want = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    np.testing.assert_allclose(timestep_embedding(jnp.asarray(position), 128), want, atol=1e-4)
+
+
+def test_network_embeds_t_minus_one():
+    """With all else zero, the output at t depends on the embedding of position t − 1."""
+    model = UNet(**TINY)
+    params = randomised(shapes(model, 8))
+    x = jnp.zeros((2, 8, 8, 3))
+    t = jnp.array([1, 40])
+    out = apply(model, params, x, t)
+    seen = []
+
+    def spy(position, dim):
+        jax.debug.callback(seen.append, position)
+        return timestep_embedding(position, dim)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddpm_jax.models.unet.timestep_embedding", spy)
+        np.testing.assert_array_equal(apply(model.clone(), params, x, t), out)
+    np.testing.assert_array_equal(seen[0], [0, 39])
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e2, 1e3])
+@pytest.mark.parametrize(("channels", "groups"), [(64, 32), (24, 32), (8, 4), (6, 4)])
+def test_group_norm_against_float64_far_from_zero(offset, channels, groups):
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(2, 5, 4, channels)) + offset * rng.normal(size=channels)).astype("f4")
+    scale, bias = rng.normal(size=(2, channels))
+    used = np.gcd(groups, channels)
+    grouped = x.astype(np.float64).reshape(2, 20, used, channels // used)
+    mean = grouped.mean(axis=(1, 3), keepdims=True)
+    variance = grouped.var(axis=(1, 3), keepdims=True)
+    want = ((grouped - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape) * scale + bias
+    params = {"scale": jnp.float32(scale), "bias": jnp.float32(bias)}
+    got = layers.GroupNorm(groups).apply({"params": params}, x)
+    np.testing.assert_allclose(got, want, atol=2e-4 if offset else 5e-6)
+
+
+@pytest.mark.parametrize(
+    ("stride", "padding"),
+    [(1, ((1, 1), (1, 1))), (2, ((0, 1), (0, 1))), (1, ((0, 0), (0, 0))), (3, ((1, 2), (2, 0)))],
+)
+@pytest.mark.parametrize("size", [(8, 6), (7, 9)])
+def test_convolution_and_its_gradients_are_xlas(stride, padding, size):
+    rng = np.random.default_rng(0)
+    x = jnp.float32(rng.normal(size=(3, *size, 4)))
+    kernel = jnp.float32(rng.normal(size=(3, 3, 4, 5)))
+
+    def plain(x, kernel):
+        return lax.conv_general_dilated(
+            x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    ours, pull_ours = jax.vjp(lambda *a: layers.conv2d(*a, stride, padding), x, kernel)
+    theirs, pull_theirs = jax.vjp(plain, x, kernel)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    g = jnp.float32(rng.normal(size=ours.shape))
+    for mine, xla in zip(pull_ours(g), pull_theirs(g), strict=True):
+        np.testing.assert_allclose(mine, xla, atol=1e-4)
+
+
+def test_stride_two_is_padded_as_tensorflows_same():
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(1, 8, 8, 2)), rng.normal(size=(3, 3, 2, 3))
+    want = lax.conv_general_dilated(
+        x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    params = {"kernel": kernel, "bias": np.zeros(3)}
+    got = layers.Conv(3, stride=2).apply({"params": params}, x)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_dropout_keeps_the_mean_and_draws_each_example_from_its_own_key():
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jnp.ones((4, 31, 33, 3))
+    out = layers.dropout(x, 0.3, keys)
+    n = out.size
+    dropped = float((out == 0).mean())
+    assert abs(dropped - 0.3) < 4 * np.sqrt(0.3 * 0.7 / n)
+    np.testing.assert_allclose(out[out != 0], 1 / 0.7, rtol=1e-6)
+    alone = layers.dropout(x[2:3], 0.3, keys[2:3])
+    np.testing.assert_array_equal(alone[0], out[2])
+    assert np.any(np.asarray(out[0]) != np.asarray(out[1]))
+
+
+def test_dropout_masks_differ_between_blocks_and_need_keys():
+    model = UNet(**TINY, dropout=0.5, out_channels=3)
+    params = randomised(shapes(model, 8))
+    x, t = jnp.ones((2, 8, 8, 3)), jnp.array([3, 3])
+    seen = []
+    original = layers.dropout
+
+    def spy(x, rate, keys):
+        jax.debug.callback(seen.append, jax.random.key_data(keys))
+        return original(x, rate, keys)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddpm_jax.models.unet.dropout", spy)
+        plain = apply(model, params, x, t)
+        assert not seen
+        noisy = apply(model, params, x, t, jax.random.split(jax.random.key(1), 2))
+    assert len({data.tobytes() for keys in seen for data in np.asarray(keys)}) == 2 * 8
+    assert np.abs(plain - noisy).max() > 1e-3
+
+
+def test_examples_do_not_see_each_other():
+    model = UNet(**TINY)
+    params = randomised(shapes(model, 8))
+    x = jax.random.normal(jax.random.key(0), (3, 8, 8, 3))
+    t = jnp.array([1, 500, 1000])
+    together = apply(model, params, x, t)
+    for k in range(3):
+        alone = apply(model, params, x[k : k + 1], t[k : k + 1])
+        np.testing.assert_allclose(alone[0], together[k], rtol=1e-4, atol=1e-4)
+
+
+def test_output_starts_at_nearly_nothing_and_has_the_channels_asked_for():
+    model = UNet(**TINY, out_channels=6)
+    x, t = jax.random.normal(jax.random.key(0), (2, 8, 8, 3)), jnp.array([1, 1000])
+    out, _ = jax.jit(model.init_with_output)(jax.random.key(0), x, t)
+    assert out.shape == (2, 8, 8, 6)
+    assert np.abs(out).max() < 1e-3
+
+
+def test_bfloat16_computes_coarsely_but_returns_float32():
+    params = randomised(shapes(UNet(**TINY), 8))
+    x, t = jax.random.normal(jax.random.key(0), (2, 8, 8, 3)), jnp.array([1, 1000])
+    full = apply(UNet(**TINY), params, x, t)
+    coarse = apply(UNet(**TINY, dtype=jnp.bfloat16), params, x, t)
+    assert coarse.dtype == jnp.float32
+    difference = np.abs(coarse - full).max() / np.abs(full).max()
+    assert 1e-5 < difference < 0.05
+    parameters = shapes(UNet(**TINY, dtype=jnp.bfloat16), 8)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(parameters))
+
+
+def test_images_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match=r"divide by 8, not 12×12"):
+        shapes(UNet(), 12)
