@@ -5,6 +5,7 @@
 """
 
 import functools
+import itertools
 from types import SimpleNamespace
 
 import jax
@@ -69,7 +70,7 @@ def derive(betas, kept=None):
     beta = [1 - a for a in alpha]
     mean_x0, mean_xt = derive_mean(alpha_bar)
     variance = [mpf(0)] + [beta[t] * (1 - alpha_bar[t - 1]) / (1 - alpha_bar[t]) for t in steps]
-    floor = [variance[2] if len(variance) > 2 else beta[1]] + variance[2:]
+    floor = [variance[2] if len(variance) > 2 else beta[1], *variance[2:]]
     scale, shift = [mpf(1)] * len(alpha_bar), [mpf(0)] * len(alpha_bar)
     if kept is not None:
         for i, t in enumerate(kept, start=1):
@@ -98,7 +99,7 @@ def derive(betas, kept=None):
 def derive_mean(alpha_bar):
     """Eq. 7's coefficients of x_0 and x_t, as lists of mpf [T+1]."""
     x0, xt = [mpf(0)], [mpf(0)]
-    for before, now in zip(alpha_bar, alpha_bar[1:], strict=False):
+    for before, now in itertools.pairwise(alpha_bar):
         alpha = now / before
         x0.append(mpmath.sqrt(before) * (1 - alpha) / (1 - now))
         xt.append(mpmath.sqrt(alpha) * (1 - before) / (1 - now))
@@ -209,6 +210,38 @@ def denoise_gaussian(c, mean, variance, t, x_t):
     a, rest = at(c.alpha_bar, t, x_t), at(c.one_minus_alpha_bar, t, x_t)
     gain = np.sqrt(a) * variance / (a * variance + rest)
     return mean + gain * (x_t - np.sqrt(a) * mean), variance * rest / (a * variance + rest)
+
+
+def reverse_step(c, mean, variance, sigma2, method, eta):
+    """float64 [T+1] A, B, C: x_{t−1} = A x_t + B noise + C, exact for data N(mean, variance).
+
+    Algorithm 2, or Song, Meng and Ermon 2021 (arXiv:2010.02502), Eq. 12, for DDIM.
+    """
+    t = np.arange(1, len(c.beta))
+    before, now = c.alpha_bar[t - 1], c.alpha_bar[t]
+    gain = np.sqrt(now) * variance / (now * variance + 1 - now)  # x̂_0 = gain · x_t + constant.
+    constant = mean * (1 - gain * np.sqrt(now))
+    if method == "ancestral":
+        slope = c.posterior_mean_x0[t] * gain + c.posterior_mean_xt[t]
+        offset = c.posterior_mean_x0[t] * constant
+        scale = np.where(t == 1, 0, np.sqrt(sigma2[t]))
+    else:
+        scale = eta * np.sqrt((1 - before) / (1 - now) * (1 - now / before))
+        direction = np.sqrt(np.maximum(1 - before - scale**2, 0) / (1 - now))
+        slope = np.sqrt(before) * gain + direction * (1 - np.sqrt(now) * gain)
+        offset = (np.sqrt(before) - direction * np.sqrt(now)) * constant
+    return [np.append(0.0, a) for a in (slope, scale, offset)]
+
+
+def marginals(affine, mean, variance):
+    """Mean and variance at every index, from those at the last: float64 [T+1] each."""
+    slope, scale, offset = affine
+    means, variances = np.zeros(len(slope)), np.zeros(len(slope))
+    means[-1], variances[-1] = mean, variance
+    for t in range(len(slope) - 1, 0, -1):
+        means[t - 1] = slope[t] * means[t] + offset[t]
+        variances[t - 1] = slope[t] ** 2 * variances[t] + scale[t] ** 2
+    return means, variances
 
 
 def points_denoiser(c, points):

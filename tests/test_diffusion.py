@@ -77,9 +77,7 @@ def test_the_posterior_is_bayes_rule(t):
     density = np.exp(log_density - log_density.max())
     mean = np.average(x, weights=density)
     variance = np.average((x - mean) ** 2, weights=density)
-    got = diffusion.q_posterior(
-        LINEAR, jnp.full((1, 1), x0), jnp.full((1, 1), x_t), jnp.array([t])
-    )
+    got = diffusion.q_posterior(LINEAR, jnp.full((1, 1), x0), jnp.full((1, 1), x_t), jnp.array([t]))
     assert float(got.mean[0, 0]) == pytest.approx(mean, rel=2e-6)
     assert float(got.variance[0, 0]) == pytest.approx(variance, rel=1e-5)
 
@@ -244,16 +242,23 @@ def test_a_bfloat16_network_gives_float32_statistics_e3(prediction, variance):
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
-@pytest.mark.parametrize(
-    "t",
-    [np.array([0, 1]), np.array([1, 1001]), np.array([-1, 1]), np.array([1.0, 2.0])]
-    + [np.array([1]), np.array([1, 2, 3]), np.array(1), np.array([[1], [2]])],
-    ids=["zero", "beyond", "negative", "float", "short", "long", "scalar", "matrix"],
-)
+BAD_TIMES = {
+    "zero": [0, 1],
+    "beyond": [1, 1001],
+    "negative": [-1, 1],
+    "float": [1.0, 2.0],
+    "short": [1],
+    "long": [1, 2, 3],
+    "scalar": 1,
+    "matrix": [[1], [2]],
+}
+
+
+@pytest.mark.parametrize("t", BAD_TIMES.values(), ids=BAD_TIMES)
 @pytest.mark.parametrize("function", ["q_posterior", "p_distribution", "q_sample"])
 def test_times_that_are_not_in_1_to_t_are_refused_e27(function, t):
     """JAX would clamp them in silence. Only q_sample has a meaning at t = 0."""
-    x = jnp.zeros((2, 3))
+    x, t = jnp.zeros((2, 3)), np.array(t)
     calls = {
         "q_sample": lambda: diffusion.q_sample(LINEAR, x, t, x),
         "q_posterior": lambda: diffusion.q_posterior(LINEAR, x, x, t),

@@ -41,7 +41,7 @@ def test_simple_is_the_unweighted_error_of_what_is_predicted_e9_e31(prediction):
     """Eq. 14 to the digit for ε, ‖μ̃ − μ̃_θ‖² for μ̃; also the default."""
     times = np.array([1, 2, 50, 600, 1000])
     c, process = reference.chain("linear", 1000), Process(schedules.linear(), prediction)
-    x0, eps, x_t, error, _ = draw(c, times)
+    x0, eps, x_t, *_ = draw(c, times)
     output = np.random.default_rng(7).standard_normal(x0.shape).astype(np.float32)
     seen = []
 
@@ -76,12 +76,10 @@ def test_vlb_is_the_weighted_error_of_eq_12_in_bits_per_dim_s5():
     """L_{t−1} = β_t²/(2 σ_t² α_t (1−ᾱ_t)) ‖ε − ε_θ‖² + C with σ_t² = β_t; no factor T."""
     times = np.arange(2, 1001)
     c, process = reference.chain("linear", 1000), Process(schedules.linear())
-    x0, eps, x_t, output = network(c, process, times)
+    x0, eps, _, output = network(c, process, times)
     got = losses.training_loss(process, lambda x, t: output, x0, times, eps, "vlb")
     sigma2, beta_tilde = c.beta[times], c.posterior_variance[times]
-    weight = c.beta[times] ** 2 / (
-        2 * sigma2 * c.alpha[times] * c.one_minus_alpha_bar[times]
-    )
+    weight = c.beta[times] ** 2 / (2 * sigma2 * c.alpha[times] * c.one_minus_alpha_bar[times])
     squares = ((np.float64(eps) - output) ** 2).reshape(len(times), -1).sum(axis=1)
     constant = 0.5 * (beta_tilde / sigma2 - 1 - np.log(beta_tilde / sigma2))
     dimensions = np.prod(SHAPE)

@@ -101,7 +101,9 @@ class Checkpoints:
                 reason = str(error).strip().splitlines()[0][:200] if str(error) else repr(error)
                 warn(f"checkpoint {candidate} cannot be read and is passed over: {reason}")
         if steps:
-            raise CheckpointError(f"none of the checkpoints {steps} in {self._directory} can be read whole")
+            raise CheckpointError(
+                f"none of the checkpoints {steps} in {self._directory} can be read whole"
+            )
         return None
 
     def _read(self, step: int, abstract: Any) -> tuple[Any, int, dict[str, Any]]:

@@ -133,7 +133,10 @@ class _Loop:
         found = self._checkpoints.restore(self._job.abstract, warn=self._say)
         if found is None:
             initial = _initial(self._job.config, self._job.task)
-            return jax.jit(initial, out_shardings=self._job.sharding)(), 0, Window()
+            # Run once: not worth the compiler's optimisations, which take longer than all of it.
+            quick = {"xla_backend_optimization_level": 0}
+            start = jax.jit(initial, out_shardings=self._job.sharding, compiler_options=quick)
+            return start(), 0, Window()
         state, step, notes = found
         self._say(f"going on from step {step}")
         return state, step, Window(notes["window"])

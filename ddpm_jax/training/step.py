@@ -128,7 +128,7 @@ def train_step(
     ema_params = jax.tree.map(
         lambda average, new: decay * average + (1 - decay) * new, state.ema_params, params
     )
-    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["grad_norm"] = optax.tree.norm(grads)
     metrics["learning_rate"] = jnp.asarray(learning_rate(task.train)(state.step), jnp.float32)
     return State(state.step + 1, params, ema_params, opt_state), metrics
 

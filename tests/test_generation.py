@@ -1,0 +1,125 @@
+"""Samples by index: image k is the same whatever else is drawn, and sampling goes on."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from runs_for_tests import arguments, start, train
+
+from ddpm_jax import figures, generation, runs
+from ddpm_jax.main import main
+
+
+@pytest.fixture(scope="module")
+def run_directory(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    assert train(workdir, train__steps=10) == 0
+    return workdir
+
+
+def draw(workdir, **overrides):
+    settings = {"count": 10, "batch_size": 4} | overrides
+    flags = [f"--config.sample.{key}={value}" for key, value in settings.items()]
+    before = set((workdir / "samples").glob("*.npz"))
+    assert main([f"--workdir={workdir}", "--mode=sample", *flags]) == 0
+    (new,) = set((workdir / "samples").glob("*.npz")) - before
+    images, protocol = generation.load_images(new)
+    return images, protocol, new
+
+
+def test_samples_are_saved_with_their_protocol(run_directory):
+    images, protocol, path = draw(run_directory, method="ddim", steps=5, eta=0.5)
+    assert images.shape == (10, 8, 8, 1) and images.dtype == np.uint8
+    assert protocol == {
+        "checkpoint": 10,
+        "parameters": "ema",
+        "sampler": "ddim",
+        "steps": 5,
+        "eta": 0.5,
+        "clip": True,
+        "seed": 0,
+        "count": 10,
+        "batch_size": 4,
+        "rounding": "nearest of 256 levels",
+    }
+    assert path.name == "step10_ddim5_eta0.5_seed0_10.npz"
+    picture = np.asarray(Image.open(path.with_name(f"{path.stem}_grid_00000.png")))
+    assert picture.max() > picture.min()
+    assert not path.with_suffix(".parts").exists()
+
+
+def test_image_k_is_the_same_in_batches_of_every_size(run_directory):
+    ten, _, _ = draw(run_directory, count=10, batch_size=4)
+    seven, _, _ = draw(run_directory, count=7, batch_size=4)
+    np.testing.assert_array_equal(seven, ten[:7])
+    three, _, _ = draw(run_directory, count=3, batch_size=3)
+    difference = np.abs(three.astype(int) - ten[:3])
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.01
+    assert (np.abs(ten[0].astype(int) - ten[1]) > 0).mean() > 0.3
+
+
+def test_interrupted_sampling_goes_on_to_the_bit(run_directory, tmp_path, monkeypatch, capsys):
+    workdir = shutil.copytree(run_directory, tmp_path / "run")
+    whole, _, path = draw(workdir, count=11)
+    path.unlink()
+    written = []
+    original = generation._write_array
+
+    def interrupting(path, array):
+        original(path, array)
+        written.append(path)
+        if len(written) == 1:
+            import signal
+
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(generation, "_write_array", interrupting)
+    flags = ["--config.sample.count=11", "--config.sample.batch_size=4"]
+    assert main([f"--workdir={workdir}", "--mode=sample", *flags]) == 75
+    assert "4 of 11 images" in capsys.readouterr().err
+    again, _, _ = draw(workdir, count=11)
+    np.testing.assert_array_equal(again, whole)
+    assert len(written) == 3  # The first part was not drawn twice.
+
+
+def test_parts_drawn_in_another_way_are_refused(run_directory, tmp_path, capsys):
+    workdir = shutil.copytree(run_directory, tmp_path / "run")
+    parts = workdir / "samples" / "step10_ancestral20_seed0_9.parts"
+    parts.mkdir()
+    (parts / "protocol.json").write_text(json.dumps({"batch_size": 3}))
+    flags = ["--config.sample.count=9", "--config.sample.batch_size=4"]
+    assert main([f"--workdir={workdir}", "--mode=sample", *flags]) == 2
+    assert "delete the directory" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_eight_devices_draw_the_same_images(run_directory, tmp_path):
+    one, _, _ = draw(run_directory, count=16, batch_size=16)
+    workdir = shutil.copytree(run_directory, tmp_path / "run")
+    for path in (workdir / "samples").glob("*.npz"):
+        path.unlink()
+    argv = arguments(workdir, mode="sample", sample__count=16, sample__batch_size=16)
+    process = start(argv[1:], devices=8)
+    assert process.wait(timeout=200) == 0, process.communicate()
+    (path,) = (workdir / "samples").glob("*.npz")
+    eight, _ = generation.load_images(path)
+    difference = np.abs(one.astype(int) - eight)
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.01
+
+
+def test_a_run_loads_with_its_average_or_its_parameters(run_directory):
+    ema, raw = runs.load(run_directory), runs.load(run_directory, ema=False)
+    assert (ema.step, ema.model) == (10, raw.model)
+    kernels = [np.asarray(run.params["conv_in"]["kernel"]) for run in (ema, raw)]
+    assert np.abs(kernels[0] - kernels[1]).max() > 1e-6
+
+
+def test_grids_hold_every_image_in_reading_order():
+    images = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1) * np.ones((1, 2, 3, 1), np.uint8)
+    picture = figures.grid(images, columns=3)
+    assert picture.shape == (2 * 3 + 1, 3 * 4 + 1, 1)
+    cells = [picture[1 + 3 * (k // 3), 1 + 4 * (k % 3), 0] for k in range(5)]
+    assert cells == [0, 1, 2, 3, 4]
+    assert picture[4, 9, 0] == 128  # Nobody's place.

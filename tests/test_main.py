@@ -1,0 +1,87 @@
+"""The command line: what is wrong is said in one line with exit code 2, and nothing is started."""
+
+import pytest
+from runs_for_tests import ROOT, arguments, start, train
+
+from ddpm_jax.main import main
+
+DIGITS = f"--config={ROOT}/configs/digits.py"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "--config=FILE is needed"),
+        ([DIGITS], "--workdir=DIR is needed"),
+        ([DIGITS, "--workdir=W", "--mode=trian"], "invalid choice: 'trian'"),
+        ([DIGITS, "--workdir=W", "--wrokdir=W"], "unknown argument --wrokdir=W"),
+        ([DIGITS, "--workdir=W", "--config.train.stepz=1"], "did you mean train.steps?"),
+        ([DIGITS, "--workdir=W", "--config.train.steps=x"], "train.steps=x: expected an integer"),
+        ([DIGITS, "--workdir=W", "--config.train.steps"], "--config.train.steps needs a value"),
+        ([DIGITS + ":mu,vbl", "--workdir=W"], "unknown variant 'vbl'; known: eps, mu"),
+        ([DIGITS + ":learned", "--workdir=W"], "never train the variance"),
+        (["--config=configs/digit.py", "--workdir=W"], "no file configs/digit.py; there are"),
+        ([DIGITS, "--workdir=W", "--config.data.split=dev"], "splits train, test"),
+        ([DIGITS, "--workdir=W", "--config.data.image_size=16"], "image_size=8"),
+        ([DIGITS, "--workdir=W", "--config.train.batch_size=2000"], "only 1541 images"),
+        ([DIGITS, "--workdir=W", "--mode=sample"], "has no checkpoint yet"),
+        (["--workdir=W", "--mode=sample"], "no run there (no config.json)"),
+    ],
+)
+def test_wrong_requests_are_one_line_and_exit_code_2(argv, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1 and captured.err.startswith("error: ")
+    assert not captured.out
+    assert not (tmp_path / "W").exists()
+
+
+def test_errors_show_no_traceback_from_the_shell():
+    process = start([DIGITS, "--config.modle.channels=3"])
+    out, errors = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "")
+    assert errors == "error: --config.modle.channels: no such key; did you mean model.channels?\n"
+
+
+def test_help_lists_every_key(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    assert "train.learning_rate (0.0002): Adam's step size" in capsys.readouterr().out
+
+
+def test_check_shows_config_shapes_and_cost_and_starts_nothing(tmp_path, capsys):
+    assert main(arguments(tmp_path / "run", mode="check")) == 0
+    out = capsys.readouterr().out
+    for part in (
+        "train.batch_size = 8",
+        "digits/train, 1,541 images (8, 8, 1)",
+        "conv_in/kernel",
+        "3×3×1×8",
+        "parameters in all: ",
+        "L_T ≤ ",
+        "GFLOP",
+        "MiB of temporary memory",
+    ):
+        assert part in out, part
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_warns_of_a_chain_that_does_not_reach_noise(tmp_path, capsys):
+    assert main(arguments(tmp_path, mode="check", diffusion__beta_end=0.02)) == 0
+    assert "x_T is far from N(0, I)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "choices", ["mu,vlb,learned", "x0,simple,fixed_small", "v,hybrid,learned_range"]
+)
+def test_variants_train_and_sample(tmp_path, choices):
+    argv = arguments(tmp_path)
+    argv[0] += f":{choices}"
+    assert main(argv) == 0
+    assert main([f"--workdir={tmp_path}", "--mode=sample"]) == 0
+    assert train(tmp_path / "other", parallel__mode="jitt") == 2

@@ -1,0 +1,207 @@
+"""Whole runs: what they leave behind, going on to the bit, and what can go wrong."""
+
+import json
+import pathlib
+import re
+import signal
+import time
+
+import numpy as np
+import pytest
+from runs_for_tests import arguments, assert_equal_states, final_state, start, train
+
+from ddpm_jax.training import metrics
+
+TIMES = ("steps_per_second", "images_per_second", "seconds_waiting_for_data")
+
+
+def lines(workdir):
+    """metrics.jsonl, without what the clock says."""
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in records]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of 20 steps in one go."""
+    workdir = tmp_path_factory.mktemp("runs") / "in one go, ünbroken"
+    assert train(workdir) == 0
+    return workdir
+
+
+def test_a_run_leaves_what_the_readme_names(whole):
+    names = {path.name for path in whole.iterdir()}
+    assert {"config.json", "checkpoints", "metrics.jsonl", "samples", "figures"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert {path.name for path in (whole / "checkpoints").iterdir()} == {"10", "20"}
+    for picture in ("samples/step_00000020.png", "figures/training.png"):
+        assert (whole / picture).read_bytes().startswith(b"\x89PNG")
+    records = lines(whole)
+    assert [record["step"] for record in records] == [5, 10, 15, 20]
+    assert {"loss", "grad_norm", "learning_rate", "loss_quarter_1"} <= records[-1].keys()
+    assert records[0]["learning_rate"] == np.float32(4 / 5 * 1e-3)
+
+
+def test_the_events_hold_scalars_and_pictures(whole):
+    event_file = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
+    (path,) = whole.glob("events.out.tfevents*")
+    tags = {
+        value.tag
+        for event in event_file.EventFileLoader(str(path)).Load()
+        for value in event.summary.value
+    }
+    assert {"loss", "grad_norm", "loss_quarter_4", "samples"} <= tags
+
+
+@pytest.mark.parametrize("first", [10, 12])
+def test_going_on_gives_the_same_run_to_the_bit(whole, tmp_path, first):
+    """Also from a step at which no line of metrics is due: the open window travels along."""
+    assert train(tmp_path, train__steps=first) == 0
+    assert final_state(tmp_path)[1] == first
+    assert train(tmp_path) == 0
+    assert_equal_states(final_state(whole)[0], final_state(tmp_path)[0])
+    assert lines(tmp_path) == lines(whole)
+
+
+def wait_for_step(process, workdir, step):
+    """Until metrics.jsonl has a line of that step or later."""
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and any(r["step"] >= step for r in metrics.read(path)):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no step {step}: {process.communicate()}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_is_stopped_or_killed_goes_on_to_the_bit(tmp_path, number):
+    settings = {"train__steps": 600, "train__checkpoint_every": 50}
+    process = start(arguments(tmp_path / "stopped", **settings))
+    wait_for_step(process, tmp_path / "stopped", 60)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert process.returncode == -9
+    else:
+        assert process.returncode == 75
+        assert re.search(r"stopped at step \d+; the same command goes on", errors)
+        assert "Traceback" not in errors
+    _, reached = final_state(tmp_path / "stopped")
+    assert 50 <= reached < 600
+    assert train(tmp_path / "stopped", **settings) == 0
+    assert train(tmp_path / "whole", **settings) == 0
+    assert_equal_states(final_state(tmp_path / "whole")[0], final_state(tmp_path / "stopped")[0])
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+
+
+def test_lines_after_the_checkpoint_of_a_killed_run_are_dropped(whole, tmp_path):
+    assert train(tmp_path, train__steps=10) == 0
+    later = '{"step": 15, "loss": 1.0}\n{"step": 20, "lo'
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(later)
+    assert train(tmp_path) == 0
+    assert lines(tmp_path) == lines(whole)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, capsys, damage):
+    assert train(tmp_path) == 0
+    sound, _ = final_state(tmp_path)
+    data = [path for path in (tmp_path / "checkpoints/20/state").rglob("d/*") if path.is_file()]
+    victim = max(data, key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    if damage == "remove":
+        victim.unlink()
+    elif damage == "truncate":
+        victim.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+    capsys.readouterr()
+    assert train(tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "checkpoint 20 cannot be read and is passed over" in said
+    assert "going on from step 10" in said
+    assert_equal_states(sound, final_state(tmp_path)[0])
+
+
+def test_no_whole_checkpoint_is_an_error_and_nothing_is_trained(tmp_path, capsys):
+    assert train(tmp_path, train__steps=10) == 0
+    before = (tmp_path / "metrics.jsonl").read_text()
+    for path in (tmp_path / "checkpoints/10/meta").iterdir():
+        path.unlink()
+    assert train(tmp_path) == 1
+    assert "none of the checkpoints [10]" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(tmp_path, capsys):
+    assert train(tmp_path, train__steps=10) == 0
+    sound, _ = final_state(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(
+        text.replace('"learning_rate": 0.001', '"learning_rate": 1e30')
+    )
+    capsys.readouterr()
+    assert train(tmp_path, train__learning_rate="1e30") == 1
+    error = capsys.readouterr().err
+    assert re.search(r"^error: loss or gradient not finite at step 1[1-9]", error), error
+    assert error.count("\n") == 1
+    found, step = final_state(tmp_path)
+    assert step == 10
+    assert_equal_states(sound, found)
+
+
+def test_another_config_is_refused_but_harmless_changes_are_not(whole, tmp_path, capsys):
+    assert train(tmp_path, train__steps=10) == 0
+    assert train(tmp_path, train__batch_size=16, model__dropout=0.2) == 2
+    error = capsys.readouterr().err
+    assert "train.batch_size was 8, is 16" in error and "model.dropout was 0.1, is 0.2" in error
+    assert error.count("\n") == 1
+    assert train(tmp_path, train__steps=12, train__log_every=4, sample__steps=3) == 0
+
+
+def test_a_finished_run_has_nothing_left_to_do(whole, capsys):
+    before = final_state(whole)[0]
+    assert train(whole) == 0
+    assert "going on from step 20" in capsys.readouterr().out
+    assert_equal_states(before, final_state(whole)[0])
+
+
+@pytest.mark.slow
+def test_layouts_give_the_same_numbers(tmp_path):
+    """jit, fsdp and pmap on 8 devices, and microbatches, against one device.
+
+    Sums over the batch in another order differ by float32 rounding, 6e-8 of the loss a step; 20
+    steps of Adam at 1e-3 carry that to some 1e-5. The bias of attention's keys, whose gradient is
+    rounding alone, is what Adam makes of it and has no effect on the network.
+    """
+    layouts = {
+        "one": (1, {}),
+        "jit8": (8, {}),
+        "fsdp8": (8, {"parallel__mode": "fsdp"}),
+        "pmap8": (8, {"parallel__mode": "pmap"}),
+        "pmap2_microbatches": (2, {"parallel__mode": "pmap", "parallel__microbatches": 4}),
+        "jit4_microbatches": (4, {"parallel__microbatches": 2, "train__steps_per_call": 5}),
+    }
+    for name, (devices, overrides) in layouts.items():
+        process = start(arguments(tmp_path / name, **overrides), devices)
+        assert process.wait(timeout=300) == 0, process.communicate()
+    reference, _ = final_state(tmp_path / "one")
+    losses = np.array([r["loss"] for r in lines(tmp_path / "one")])
+    for name in layouts:
+        state, _ = final_state(tmp_path / name)
+        np.testing.assert_allclose([r["loss"] for r in lines(tmp_path / name)], losses, rtol=1e-5)
+        for path, leaf in reference.items():
+            if "params" in path and "['k']['bias']" not in path:
+                np.testing.assert_allclose(state[path], leaf, atol=1e-4, err_msg=f"{name} {path}")
+
+
+def test_a_batch_that_does_not_divide_over_the_devices_is_refused(tmp_path):
+    process = start(arguments(tmp_path), devices=3)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "train.batch_size=8 does not divide by 3: 3 devices" in errors
+    assert not (tmp_path / "config.json").exists()
