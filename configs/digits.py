@@ -2,6 +2,10 @@
 
     python -m ddpm_jax.main --config=configs/digits.py --workdir=runs/digits
     python -m ddpm_jax.main --config=configs/digits.py:mu,vlb,learned --workdir=runs/digits_mu
+
+Cost: about three minutes on two CPU cores.
+Expected: digits that anyone recognises; see the README for what a classifier says of them.
+The cosine schedule, since of the linear one's T steps an image of 8×8 is noise for most.
 """
 
 import ml_collections
@@ -15,13 +19,15 @@ def get_config(variants: str = "") -> ml_collections.ConfigDict:
     config.data.update(name="digits", image_size=8, channels=1, flip=False)
     config.model.update(
         channels=32,
-        channel_multipliers=(1, 2, 2),
+        channel_multipliers=(1, 2),
+        num_res_blocks=1,
         attention_resolutions=(4,),
         norm_groups=8,
-        dropout=0.1,
+        dropout=0.0,
     )
+    config.diffusion.update(schedule="cosine")
     config.train.update(
-        steps=1200,
+        steps=3000,
         batch_size=64,
         learning_rate=1e-3,
         warmup_steps=100,
@@ -29,7 +35,7 @@ def get_config(variants: str = "") -> ml_collections.ConfigDict:
         ema_ramp=True,
         timesteps="stratified",
         log_every=50,
-        checkpoint_every=200,
-        sample_every=400,
+        checkpoint_every=500,
+        sample_every=1500,
     )
     return apply_variants(config, variants)

@@ -248,8 +248,10 @@ def exact_gaussian_denoiser(prediction, c, mean, variance):
     return lambda x, t: slope[t][:, None] * x + offset[t][:, None]
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("variance", ["fixed_large", "fixed_small"])
+@pytest.mark.parametrize(
+    "prediction, variance",
+    [("eps", "fixed_large"), *((prediction, "fixed_small") for prediction in PREDICTIONS)],
+)
 def test_the_bound_of_gaussian_data_is_its_closed_form(prediction, variance):
     """E L_{t−1} = KL with E‖x_0 − x̂_0‖² = Var[x_0|x_t] in place of the square.
 

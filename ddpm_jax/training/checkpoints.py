@@ -54,6 +54,7 @@ class Checkpoints:
         checksums = _checksums(state)
         with _write_errors(self._directory):
             self._manager.wait_until_finished()
+            self._set_aside(step)
             args = ocp.args.Composite(
                 **{
                     _STATE: ocp.args.StandardSave(state),
@@ -61,6 +62,14 @@ class Checkpoints:
                 }
             )
             self._manager.save(step, args=args, force=True)
+
+    def _set_aside(self, step: int) -> None:
+        """Renames a checkpoint in the way: there is one only if it was passed over as damaged."""
+        path = self._directory / str(step)
+        if jax.process_index() == 0 and path.exists():
+            taken = len(list(self._directory.glob(f"{step}.damaged*")))
+            path.rename(self._directory / f"{step}.damaged{taken or ''}")
+            self._manager.reload()
 
     def wait(self) -> None:
         """Returns when everything is on the disk.
