@@ -48,6 +48,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]
     parser.add_argument("--config", help="a file of configs/, with variants after a colon")
     parser.add_argument("--workdir", help="the run's directory")
     parser.add_argument("--mode", default="train", choices=MODES)
+    parser.add_argument(
+        "--distributed", action="store_true", help="join the other hosts of a TPU pod or Slurm job"
+    )
+    parser.add_argument("--coordinator", help="HOST:PORT of process 0, on other clusters")
+    parser.add_argument("--num_processes", type=int, help="with --coordinator: how many there are")
+    parser.add_argument("--process_id", type=int, help="with --coordinator: which one this is")
     known, rest = parser.parse_known_args(argv)
     overrides = []
     while rest:
@@ -87,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a request; returns the exit code."""
     try:
         args, overrides = parse(sys.argv[1:] if argv is None else argv)
+        if args.distributed or args.coordinator:  # Before anything touches a device.
+            jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
         config = resolve(args, overrides)
         if args.mode != "check" and not args.workdir:
             raise RequestError("--workdir=DIR is needed, e.g. --workdir=runs/digits")
@@ -103,6 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     except interruption.Interrupted as error:
         return _fail(error, interruption.EXIT_CODE)
+    except KeyboardInterrupt:
+        return _fail("stopped at once; the same command goes on", interruption.EXIT_CODE)
     except (CheckpointError, NonFiniteError, ReadError) as error:
         return _fail(error, 1)
     return 0
@@ -113,7 +123,7 @@ def _say(line: str) -> None:
         print(line, flush=True)
 
 
-def _fail(error: Exception, code: int) -> int:
+def _fail(error: Exception | str, code: int) -> int:
     print(f"error: {error}" if code != interruption.EXIT_CODE else error, file=sys.stderr)
     return code
 

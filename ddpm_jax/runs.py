@@ -107,6 +107,8 @@ class RunDirectory:
                     f"--workdir={self.path} holds a run of another config: {'; '.join(differing)}; "
                     "choose another --workdir, or go back to those values"
                 )
+        if jax.process_index() != 0:
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         temporary = self.path / "config.json.tmp"
         temporary.write_text(config_lib.to_json(config))

@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import socket
 import time
 
 import numpy as np
@@ -193,6 +194,28 @@ def test_layouts_give_the_same_numbers(tmp_path):
         for path, leaf in reference.items():
             if "params" in path and "['k']['bias']" not in path:
                 np.testing.assert_allclose(state[path], leaf, atol=1e-4, err_msg=f"{name} {path}")
+
+
+@pytest.mark.slow
+def test_two_hosts_train_and_sample_as_one(whole, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def together(mode):
+        hosts = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
+        argv = arguments(tmp_path / "run", mode=mode)
+        processes = [start([*argv, *hosts, f"--process_id={k}"], devices=2) for k in range(2)]
+        outputs = [process.communicate(timeout=300) for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], outputs
+        said = [line for line in outputs[1][0].splitlines() if not line.startswith("[Gloo]")]
+        assert not said  # Only the first host speaks.
+
+    together("train")
+    losses = [[r["loss"] for r in lines(workdir)] for workdir in (whole, tmp_path / "run")]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    together("sample")
+    assert len(list((tmp_path / "run/samples").glob("*.npz"))) == 1
 
 
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused(tmp_path):

@@ -13,7 +13,7 @@ from etils import epath
 
 from ddpm_jax import config as config_lib
 from ddpm_jax import figures
-from ddpm_jax.data import Batches, nbytes, open_source
+from ddpm_jax.data import Batches, Source, nbytes, open_source
 from ddpm_jax.generation import GRID_IMAGES, compile_sampler, padded_batch
 from ddpm_jax.interruption import Interrupted, Watch
 from ddpm_jax.parallel import Layout, compile_call, make_layout, to_host
@@ -119,12 +119,21 @@ def train(config: ml_collections.ConfigDict, workdir: str, say: Callable[[str], 
 class _Loop:
     """The state of a loop: the device's, the window of metrics, the clock."""
 
-    def __init__(self, job, source, directory, checkpoints, watch, say):
+    def __init__(
+        self,
+        job: Job,
+        source: Source,
+        directory: RunDirectory,
+        checkpoints: Checkpoints,
+        watch: Watch,
+        say: Callable[[str], None],
+    ):
         self._job, self._source, self._directory = job, source, directory
         self._checkpoints, self._watch, self._say = checkpoints, watch, say
         self._train = job.config.train
         self._first_host = jax.process_index() == 0
         self._state, self._step, self._window = self._begin()
+        self._saved = self._step
         self._sampler = None
         self._writer = Writer(directory.path, directory.metrics, self._step, self._first_host)
         self._progress = Progress(self._step, self._train.steps, self._first_host, say)
@@ -158,17 +167,18 @@ class _Loop:
         waiting = None  # The metrics of the call before: the host never waits for the device.
         with batches:
             while self._step < train.steps:
-                if self._watch.requested:
-                    self._stop()
                 self._state, metrics = call(self._state, batches(self._step))
                 self._step += step_by
                 if waiting is not None:
                     self._take(*waiting, batches)
                 waiting = (self._step, metrics)
-                if self._watch.requested or self._due():
+                stop = self._watch.requested
+                if stop or self._due():
                     self._take(*waiting, batches)
                     waiting = None
                     self._act()
+                if stop:
+                    self._stop()
         self._finish()
 
     def _due(self) -> bool:
@@ -201,10 +211,11 @@ class _Loop:
                 self._sample()
 
     def _save(self) -> None:
+        self._saved = self._step
         self._checkpoints.save(self._step, self._state, {"window": self._window.sums})
 
     def _stop(self) -> None:
-        if self._step not in self._checkpoints.steps()[:1]:
+        if self._saved != self._step:
             self._save()
         self._checkpoints.wait()
         self._writer.close()
