@@ -25,13 +25,13 @@ def get_config(variants: str = "") -> ml_collections.ConfigDict:
         norm_groups=8,
         dropout=0.0,
     )
-    config.diffusion.update(schedule="cosine")
+    config.diffusion.update(schedule="cosine", variance="fixed_small")
     config.train.update(
         steps=3000,
         batch_size=64,
         learning_rate=1e-3,
         warmup_steps=100,
-        ema_decay=0.995,
+        ema_decay=0.998,
         ema_ramp=True,
         timesteps="stratified",
         log_every=50,

@@ -25,6 +25,7 @@ TINY = {
     "diffusion.num_steps": 20,
     "diffusion.beta_end": 0.4,
     "diffusion.schedule": "linear",
+    "diffusion.variance": "fixed_large",
     "train.steps": 20,
     "train.batch_size": 8,
     "train.warmup_steps": 5,
