@@ -27,7 +27,8 @@ def get_config(variants: str = "") -> ml_collections.ConfigDict:
     )
     config.diffusion.update(schedule="cosine", variance="fixed_small")
     config.train.update(
-        steps=3000,
+        steps=2600,
+        steps_per_call=10,
         batch_size=64,
         learning_rate=1e-3,
         warmup_steps=100,
@@ -35,7 +36,7 @@ def get_config(variants: str = "") -> ml_collections.ConfigDict:
         ema_ramp=True,
         timesteps="stratified",
         log_every=50,
-        checkpoint_every=500,
-        sample_every=1500,
+        checkpoint_every=650,
+        sample_every=1300,
     )
     return apply_variants(config, variants)

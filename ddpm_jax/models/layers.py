@@ -59,20 +59,21 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array) -> jax.Array:
 def conv2d(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
     """Convolution of x [batch, h, w, in] with kernel [kh, kw, in, out].
 
-    The values and gradients of `lax.conv_general_dilated`. On CPUs the kernel's gradient is
-    stated as an ordinary forward convolution, since XLA runs its own form of it some ten times
-    slower within a loop (jax#12868).
+    The values and gradients of `lax.conv_general_dilated`. On CPUs the gradients are stated as
+    ordinary forward convolutions, since XLA runs its own forms of them several times slower
+    within a loop (jax#12868).
     """
     return _conv(x, kernel, stride, padding)
 
 
-def _conv(x, kernel, stride, padding, dilation=1):
+def _conv(x, kernel, stride, padding, x_dilation=1, kernel_dilation=1):
     return lax.conv_general_dilated(
         x,
         kernel,
         (stride, stride),
         padding,
-        rhs_dilation=(dilation, dilation),
+        lhs_dilation=(x_dilation, x_dilation),
+        rhs_dilation=(kernel_dilation, kernel_dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
 
@@ -83,21 +84,24 @@ def _conv_forward(x, kernel, stride, padding):
 
 def _conv_backward(stride, padding, saved, g):
     x, kernel = saved
-    (dx,) = jax.linear_transpose(lambda x: _conv(x, kernel, stride, padding), x)(g)
 
-    def as_forward(x, g):  # The batch is contracted: it takes the place of the channels.
-        size = kernel.shape[:2]
-        # Rows that the strided window never reached are no part of the gradient.
-        reach = [(n - 1) * stride + k for n, k in zip(g.shape[1:3], size, strict=True)]
-        high = [r - n - p[0] for r, n, p in zip(reach, x.shape[1:3], padding, strict=True)]
-        pads = tuple((p[0], h) for p, h in zip(padding, high, strict=True))
-        dk = _conv(x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), 1, pads, dilation=stride)
-        return dk.transpose(1, 2, 0, 3)
+    def as_xla(x, kernel, g):
+        return jax.vjp(lambda x, kernel: _conv(x, kernel, stride, padding), x, kernel)[1](g)
 
-    def as_xla(x, g):
-        return jax.linear_transpose(lambda k: _conv(x, k, stride, padding), kernel)(g)[0]
+    def as_forward(x, kernel, g):
+        sizes = list(zip(x.shape[1:3], kernel.shape[:2], g.shape[1:3], padding, strict=True))
+        # Of x: the flipped kernel, its channels swapped, over g with gaps where strides skipped.
+        pads = [(k - 1 - p[0], n - 1 - (m - 1) * stride + p[0]) for n, k, m, p in sizes]
+        flipped = kernel[::-1, ::-1].swapaxes(2, 3)
+        dx = _conv(g, flipped, 1, pads, x_dilation=stride)
+        # Of the kernel: the batch is contracted, in the place of the channels. Rows that the
+        # strided window never reached have no part in it.
+        pads = [(p[0], (m - 1) * stride + k - n - p[0]) for n, k, m, p in sizes]
+        by_batch = x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3)
+        dk = _conv(*by_batch, 1, pads, kernel_dilation=stride).transpose(1, 2, 0, 3)
+        return dx, dk
 
-    return dx, lax.platform_dependent(x, g, cpu=as_forward, default=as_xla)
+    return lax.platform_dependent(x, kernel, g, cpu=as_forward, default=as_xla)
 
 
 conv2d.defvjp(_conv_forward, _conv_backward)
