@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from ddpm_jax import figures, keys, sampling
 from ddpm_jax.config import RequestError
@@ -21,6 +20,7 @@ from ddpm_jax.diffusion import Process
 from ddpm_jax.interruption import Interrupted, Watch
 from ddpm_jax.models import UNet
 from ddpm_jax.parallel import Layout, to_host
+from ddpm_jax.progress import Progress
 from ddpm_jax.runs import Run, image_shape
 
 GRID_IMAGES = 64  # In each picture.
@@ -71,13 +71,13 @@ def padded_batch(batch_size: int, layout: Layout) -> int:
     return -(-batch_size // layout.num_devices) * layout.num_devices
 
 
-def generate(run: Run, directory: epath.Path, show_progress: bool = True) -> epath.Path:
+def generate(run: Run, directory: epath.Path, say: Callable[[str], None]) -> epath.Path:
     """Draws `config.sample.count` images of a run and saves them.
 
     Writes `<directory>/<name>.npz` (uint8 "images" [count, height, width, channels] and the JSON
     text "protocol" of how they were drawn) and grids `<name>_grid_….png`, where the name tells
     checkpoint, sampler, steps, seed and count. Batches are kept in `<name>.parts/` until all are
-    there, so that the same call goes on where it was stopped.
+    there, so that the same call goes on where it was stopped. `say` prints a line of progress.
 
     Returns:
       The path of the .npz.
@@ -111,22 +111,23 @@ def generate(run: Run, directory: epath.Path, show_progress: bool = True) -> epa
         run.layout, run.process, run.model, config, jax.tree.map(lambda x: x.sharding, run.params)
     )
     starts = range(0, how.count, batch)
-    with (
-        Watch() as watch,
-        tqdm(total=how.count, unit="image", desc="sampling", disable=not show_progress) as bar,
-    ):
+    first_host = jax.process_index() == 0
+    progress = Progress(0, how.count, first_host, say, "image")
+    with Watch() as watch:
         for start in starts:
             part = parts / f"{start:08d}.npy"
             wanted = min(batch, how.count - start)
             if not part.exists():
                 if watch.requested:
+                    progress.close()
                     raise Interrupted(f"{start} of {how.count} images are in {parts}")
                 # Padded with images that nobody asked for: one shape is one program.
                 images = to_host(sampler(run.params, jnp.arange(start, start + batch)))
-                if jax.process_index() == 0:
+                if first_host:
                     _write_array(part, images[:wanted])
-            bar.update(wanted)
-    if jax.process_index() == 0:
+            progress.update(start + wanted)
+    progress.close()
+    if first_host:
         images = np.concatenate([_read_array(parts / f"{s:08d}.npy") for s in starts])
         _save(target, images, protocol)
         parts.rmtree()

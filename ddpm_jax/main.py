@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.mode == "sample":
             run = runs.load(args.workdir, config=config)
             directory = runs.RunDirectory.of(args.workdir).samples
-            _say(f"samples: {generation.generate(run, directory)}")
+            _say(f"samples: {generation.generate(run, directory, _say)}")
         else:
             _say(check.report(config))
     except RequestError as error:

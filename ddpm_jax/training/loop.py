@@ -17,11 +17,12 @@ from ddpm_jax.data import Batches, Source, nbytes, open_source
 from ddpm_jax.generation import GRID_IMAGES, compile_sampler, padded_batch
 from ddpm_jax.interruption import Interrupted, Watch
 from ddpm_jax.parallel import Layout, compile_call, make_layout, to_host
+from ddpm_jax.progress import Progress
 from ddpm_jax.runs import RunDirectory, image_shape, make_model
 from ddpm_jax.sampling import Samples
 from ddpm_jax.schedules import spaced
 from ddpm_jax.training.checkpoints import Checkpoints
-from ddpm_jax.training.metrics import Progress, Window, Writer
+from ddpm_jax.training.metrics import Window, Writer
 from ddpm_jax.training.state import State, init_state, make_optimizer
 from ddpm_jax.training.step import Task, train_call
 

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import sys
-import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
-from tqdm import tqdm
 
 from ddpm_jax.training.step import QUARTERS
-
-PLAIN_SECONDS = 60  # Between lines of progress where there is no terminal.
 
 
 class NonFiniteError(RuntimeError):
@@ -107,51 +100,6 @@ class Writer:
         """Closes the files."""
         if self._active:
             self._events.close()
-
-
-class Progress:
-    """A bar on a terminal, elsewhere a line a minute; and the clock of steps a second."""
-
-    def __init__(self, step: int, total: int, active: bool, say: Callable[[str], None]):
-        """Starts at `step` of `total`; on hosts that are not active nothing is shown."""
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            initial=step, total=total, unit="step", disable=not (active and terminal), leave=False
-        )
-        self._say = say if active and not terminal else None
-        self._total, self._shown = total, time.monotonic()
-        self._first = self._mark = (step, time.monotonic())
-
-    def update(self, step: int, note: str) -> None:
-        """Shows the step reached, with a note."""
-        self._bar.set_postfix_str(note, refresh=False)
-        self._bar.update(step - self._bar.n)
-        now = time.monotonic()
-        if self._say and now - self._shown >= PLAIN_SECONDS:
-            self._shown = now
-            rate = (step - self._first[0]) / (now - self._first[1])
-            minutes = (self._total - step) / rate / 60
-            self._say(
-                f"step {step:,}/{self._total:,}  {note}  {rate:.3g} steps/s  {minutes:.0f} min left"
-            )
-
-    def rate(self, step: int) -> float:
-        """Steps a second since this was last asked, pauses left out."""
-        now = time.monotonic()
-        rate = (step - self._mark[0]) / max(now - self._mark[1], 1e-9)
-        self._mark = (step, now)
-        return rate
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time within does not count."""
-        start = time.monotonic()
-        yield
-        self._mark = (self._mark[0], self._mark[1] + time.monotonic() - start)
-
-    def close(self) -> None:
-        """Takes the bar away."""
-        self._bar.close()
 
 
 def read(jsonl: epath.Path) -> list[dict[str, Any]]:
