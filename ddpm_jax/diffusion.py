@@ -66,16 +66,25 @@ def at(constants: jax.Array, t: jax.Array, x: jax.Array) -> jax.Array:
     """constants[t] in the shape [batch, 1, ...] that broadcasts against x [batch, ...].
 
     Raises:
-      ValueError: t is not an integer vector with one entry for each example of x, or (outside jit)
-        leaves 0..T.
+      ValueError: see `check_times`; here 0 is a time as well.
+    """
+    check_times(t, x, constants.shape[0] - 1, first=0)
+    return _broadcast(constants[t], x)
+
+
+def check_times(t: jax.Array, x: jax.Array, num_steps: int, first: int = 1) -> None:
+    """Refuses a t that is not an integer in first..num_steps for each example of x [batch, ...].
+
+    Raises:
+      ValueError: another shape or dtype; outside jit, also a time out of range, which indexing
+        would silently take for another.
     """
     if t.shape != x.shape[:1] or not jnp.issubdtype(t.dtype, jnp.integer):
         raise ValueError(f"t must be integers [{x.shape[0]}], not {t.dtype} {list(t.shape)}")
     if not isinstance(t, jax.core.Tracer) and t.size:
         low, high = int(np.min(t)), int(np.max(t))
-        if low < 0 or high >= constants.shape[0]:
-            raise ValueError(f"t must lie in 1..{constants.shape[0] - 1}, not {low}..{high}")
-    return constants[t].reshape(t.shape + (1,) * (x.ndim - 1))
+        if low < first or high > num_steps:
+            raise ValueError(f"t must lie in {first}..{num_steps}, not {low}..{high}")
 
 
 def q_sample(schedule: Schedule, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
@@ -103,6 +112,7 @@ def q_posterior(schedule: Schedule, x0: jax.Array, x_t: jax.Array, t: jax.Array)
       t: integer [batch], in 1..T.
     """
     x0, x_t = _float32(x0, x_t)
+    check_times(t, x_t, schedule.num_steps)
     mean = at(schedule.posterior_mean_x0, t, x0) * x0 + at(schedule.posterior_mean_xt, t, x0) * x_t
     return Gaussian(mean, at(schedule.log_posterior_variance, t, x0))
 
@@ -201,6 +211,7 @@ def p_distribution(
     Raises:
       ValueError: the output has not the shape that the process asks for.
     """
+    check_times(t, x_t, process.schedule.num_steps)
     x0_hat = predict_x0(process, output, x_t, t)
     if clip:
         x0_hat = jnp.clip(x0_hat, -1.0, 1.0)

@@ -33,7 +33,7 @@ def grid(images: np.ndarray, columns: int | None = None, border: int = 1) -> np.
     return canvas
 
 
-def save_png(path: epath.Path, image: np.ndarray, least_side: int = 512) -> None:
+def save_png(path: epath.Path, image: np.ndarray, least_side: int = 1024) -> None:
     """Saves uint8 [height, width, channels] as PNG, small pictures enlarged without blurring."""
     factor = max(1, least_side // max(image.shape[:2]))
     image = image.repeat(factor, axis=0).repeat(factor, axis=1)

@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax import likelihood
-from ddpm_jax.diffusion import Denoiser, Process, predict_target, q_sample, split_output
+from ddpm_jax.diffusion import (
+    Denoiser,
+    Process,
+    check_times,
+    predict_target,
+    q_sample,
+    split_output,
+)
 
 OBJECTIVES = ("simple", "vlb", "hybrid")
 
@@ -62,6 +69,7 @@ def training_loss(
       ValueError: a combination without sense, or shapes that do not fit.
     """
     check_combination(process.variance, objective)
+    check_times(t, x0, process.schedule.num_steps)
     x_t = q_sample(process.schedule, x0, t, noise)
     output = denoiser(x_t, process.schedule.timesteps[t])
     if objective == "vlb":

@@ -173,8 +173,11 @@ def reverse(
         raise ValueError(f"start must lie in 1..{schedule.num_steps}, not {start}")
     if not all(1 <= t <= start for t in x0_at):
         raise ValueError(f"x0_at must lie in 1..{start}, not {tuple(x0_at)}")
-    slots = np.full(schedule.num_steps + 1, len(x0_at))  # The last: not kept.
-    slots[np.asarray(x0_at, dtype=int)] = np.arange(len(x0_at))
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie in 0..1, not {eta}")
+    kept, places = np.unique(np.asarray(x0_at, dtype=int), return_inverse=True)
+    slots = np.full(schedule.num_steps + 1, len(kept))  # The last: not kept.
+    slots[kept] = np.arange(len(kept))
     slots = jnp.asarray(slots)
 
     def body(carry, step):
@@ -188,9 +191,9 @@ def reverse(
             x_t, x0_hat = _ddim(process, output, x_t, t, noise, eta, clip)
         return (x_t, path.at[slots[step]].set(x0_hat)), None
 
-    path = jnp.zeros((len(x0_at) + 1, *x_t.shape), jnp.float32)
+    path = jnp.zeros((len(kept) + 1, *x_t.shape), jnp.float32)
     (x0, path), _ = jax.lax.scan(body, (x_t, path), jnp.arange(start, 0, -1))
-    return Samples(x0, path[:-1]) if len(x0_at) else x0
+    return Samples(x0, path[places]) if len(x0_at) else x0
 
 
 def interpolate(

@@ -192,6 +192,8 @@ def _from_log_alpha_bar(
     rest = -np.expm1(log_alpha_bar)  # 1 − ᾱ_t.
     before = np.concatenate([[0.0], rest[:-1]])  # 1 − ᾱ_{t−1}.
     divisor = np.concatenate([[1.0], rest[1:]])
+    # Late in a chain 1 − ᾱ_t is 1 but for the digits that its logarithm consists of.
+    log_rest = np.where(alpha_bar < 0.5, np.log1p(-np.minimum(alpha_bar, 0.5)), np.log(divisor))
     mean_x0 = np.sqrt(np.concatenate([[1.0], alpha_bar[:-1]])) * beta / divisor
     mean_xt = np.sqrt(alpha) * before / divisor
     # 1 − √α_t (1 − ᾱ_{t−1})/(1 − ᾱ_t), over a common denominator and without differences of
@@ -213,7 +215,7 @@ def _from_log_alpha_bar(
         one_minus_alpha_bar=float32(rest),
         sqrt_alpha_bar=float32(np.sqrt(alpha_bar)),
         sqrt_one_minus_alpha_bar=float32(np.sqrt(rest)),
-        log_one_minus_alpha_bar=float32(np.log(divisor)),
+        log_one_minus_alpha_bar=float32(log_rest),
         posterior_mean_x0=float32(mean_x0),
         posterior_mean_xt=float32(mean_xt),
         posterior_mean_xt_minus_1=float32(minus_1),

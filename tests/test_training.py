@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 from runs_for_tests import arguments, assert_equal_states, final_state, start, train
+
 TIMES = ("steps_per_second", "images_per_second", "seconds_waiting_for_data")
 
 

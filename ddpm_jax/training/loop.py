@@ -234,7 +234,7 @@ class _Loop:
                 self._job.task.model,
                 config,
                 self._job.sharding.ema_params,
-                self._times(),
+                self._path_indices(),
             )
         indices = jnp.arange(padded_batch(count, layout))
         samples = jax.tree.map(to_host, self._sampler(self._state.ema_params, indices))
@@ -258,14 +258,19 @@ class _Loop:
         path = figures.grid(rows.reshape(-1, *rows.shape[2:]), columns=rows.shape[1])
         figure = self._directory.figures / "training.png"
         figure.parent.mkdir(parents=True, exist_ok=True)
-        figure.write_bytes(figures.training_figure(self._writer.records, path, self._times()))
+        trained = spaced(self._job.config.diffusion.num_steps, self._chain_length())
+        times = [int(trained[index - 1]) for index in self._path_indices()]
+        figure.write_bytes(figures.training_figure(self._writer.records, path, times))
         self._say(f"samples: {self._picture()}")
         self._say(f"figure:  {figure}")
 
     def _picture(self) -> epath.Path:
         return self._directory.samples / f"step_{self._step:08d}.png"
 
-    def _times(self) -> list[int]:
-        """The times at which the figure shows x̂_0, from T down."""
-        length = self._job.config.sample.steps or self._job.config.diffusion.num_steps
+    def _chain_length(self) -> int:
+        return self._job.config.sample.steps or self._job.config.diffusion.num_steps
+
+    def _path_indices(self) -> list[int]:
+        """The indices of the chain at which the figure shows x̂_0, from its length down."""
+        length = self._chain_length()
         return spaced(length, min(PATH_TIMES, length))[::-1].tolist()
