@@ -182,5 +182,5 @@ def test_configs_survive_json():
 
 
 def test_configs_saved_with_an_unknown_key_are_refused():
-    with pytest.raises(RequestError, match="did you mean train.steps"):
+    with pytest.raises(RequestError, match=r"did you mean train\.steps"):
         config_lib.from_json('{"train": {"step": 3}}')
