@@ -20,6 +20,7 @@ setup(
     python_requires=">=3.11,<3.14",
     install_requires=[
         "array_record>=0.8",
+        "etils[epath]>=1.9",
         "flax>=0.12,<0.13",
         "jax>=0.10,<0.12",
         "matplotlib>=3.9",
@@ -34,9 +35,20 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "test": ["mpmath>=1.3", "pytest>=8", "ruff>=0.8", "scikit-learn>=1.5", "scipy>=1.13"],
+        "test": [
+            "mpmath>=1.3",
+            "pytest>=8",
+            "ruff>=0.8",
+            "scikit-learn>=1.5",
+            "scipy>=1.13",
+            "tensorboard>=2.18",
+        ],
+        "cuda": ["jax[cuda13]>=0.10,<0.12"],
+        "gcs": ["gcsfs"],
         "parity": ["diffusers>=0.35", "torch>=2.9"],
         "prepare": ["importlib_resources", "tensorflow>=2.21"],
+        "slurm": ["submitit>=1.5"],
+        "tpu": ["jax[tpu]>=0.10,<0.12"],
     },
     classifiers=[
         "Programming Language :: Python :: 3.11",

@@ -31,4 +31,6 @@ def get_config(variants: str = "") -> ml_collections.ConfigDict:
     config.model.update(channel_multipliers=(1, 1, 2, 2, 4, 4), dropout=0.0)
     config.diffusion.update(variance="fixed_small")
     config.train.update(batch_size=64, learning_rate=2e-5)
-    return apply_variants(config, f"church,{variants}", NAMED)
+    if not NAMED.keys() & set(variants.split(",")):
+        variants = f"church,{variants}"
+    return apply_variants(config, variants, NAMED)

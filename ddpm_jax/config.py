@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -157,15 +158,18 @@ def apply_variants(
     overrides that the config file offers.
 
     Raises:
-      RequestError: an unknown variant; the known ones are listed.
+      RequestError: an unknown variant; the known ones are listed. Two that set the same key.
     """
     known = dict(named or {})
     for key in VARIANT_KEYS:
         known |= {choice: {key: choice} for choice in FIELDS[key].choices}
+    set_by: dict[str, str] = {}
     for word in filter(None, (part.strip() for part in text.split(","))):
         if word not in known:
             raise RequestError(f"--config: unknown variant {word!r}; known: {', '.join(known)}")
         for key, value in known[word].items():
+            if set_by.setdefault(key, word) != word:
+                raise RequestError(f"--config: variants {set_by[key]} and {word} both set {key}")
             override(config, key, value)
     return config
 
@@ -178,16 +182,23 @@ def load_file(argument: str) -> ml_collections.ConfigDict:
     """
     path, _, variants = argument.partition(":")
     file = pathlib.Path(path)
-    if not file.is_file():
+    if not file.is_file() or file.suffix != ".py":
         near = sorted(p.name for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
         listing = f"; there are {', '.join(near)}" if near else ""
         raise RequestError(f"--config={argument}: no file {path}{listing}")
     spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise RequestError(f"--config={argument}: {path} has no function get_config(variants)")
-    return module.get_config(variants)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config(variants)
+    except RequestError:
+        raise
+    except Exception as error:  # Whatever the user's file does.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RequestError(f"--config={argument}: {path} fails: {reason}") from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise RequestError(f"--config={argument}: get_config of {path} returns no ConfigDict")
+    return config
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:
@@ -250,6 +261,8 @@ def _check_value(key: str, value: Any, field: Field) -> None:
         near = difflib.get_close_matches(value, field.choices, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise RequestError(f"config.{key}={value}: choose from {', '.join(field.choices)}{hint}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RequestError(f"config.{key}={value}: must be finite ({field.meaning})")
     for item in value if isinstance(value, tuple) else (value,):
         too_low = field.low is not None and not item >= field.low
         too_high = field.high is not None and not item <= field.high

@@ -92,43 +92,42 @@ def generate(run: Run, directory: epath.Path, say: Callable[[str], None]) -> epa
     target = directory / f"{name}.npz"
     if target.exists():
         return target
-    batch = padded_batch(min(how.batch_size, how.count), run.layout)
     parts = directory / f"{name}.parts"
     protocol = {
         "checkpoint": run.step,
         "parameters": "ema",
+        **config.diffusion.to_dict(),
+        "dtype": config.model.dtype,
         "sampler": how.method,
         "steps": steps,
         "eta": how.eta,
         "clip": how.clip,
         "seed": config.seed,
         "count": how.count,
-        "batch_size": batch,
         "rounding": "nearest of 256 levels",
     }
     _open_parts(parts, protocol)
     sampler = compile_sampler(
         run.layout, run.process, run.model, config, jax.tree.map(lambda x: x.sharding, run.params)
     )
-    starts = range(0, how.count, batch)
+    batch = padded_batch(min(how.batch_size, how.count), run.layout)
     first_host = jax.process_index() == 0
     progress = Progress(0, how.count, first_host, say, "image")
+    done = 0
     with Watch() as watch:
-        for start in starts:
-            part = parts / f"{start:08d}.npy"
-            wanted = min(batch, how.count - start)
-            if not part.exists():
-                if watch.requested:
-                    progress.close()
-                    raise Interrupted(f"{start} of {how.count} images are in {parts}")
-                # Padded with images that nobody asked for: one shape is one program.
-                images = to_host(sampler(run.params, jnp.arange(start, start + batch)))
-                if first_host:
-                    _write_array(part, images[:wanted])
-            progress.update(start + wanted)
+        for start, length in _missing(parts, how.count, batch):
+            if watch.asked():
+                progress.close()
+                raise Interrupted(f"the first {done} of {how.count} images are in {parts}")
+            # Padded with images that nobody asked for: one shape is one program.
+            images = to_host(sampler(run.params, jnp.arange(start, start + batch)))
+            if first_host:
+                _write_array(parts / f"{start:08d}_{length}.npy", images[:length])
+            done = start + length
+            progress.update(done)
     progress.close()
     if first_host:
-        images = np.concatenate([_read_array(parts / f"{s:08d}.npy") for s in starts])
+        images = np.concatenate([_read_array(path) for path in sorted(parts.glob("*.npy"))])
         _save(target, images, protocol)
         parts.rmtree()
     return target
@@ -140,6 +139,20 @@ def load_images(path: epath.PathLike) -> tuple[np.ndarray, dict[str, Any]]:
         return saved["images"], json.loads(str(saved["protocol"]))
 
 
+def _missing(parts: epath.Path, count: int, batch: int) -> list[tuple[int, int]]:
+    """(first, length) of the batches still to draw, around the parts that are there."""
+    there = dict(tuple(map(int, path.stem.split("_"))) for path in parts.glob("*.npy"))
+    missing, start = [], 0
+    while start < count:
+        if start not in there:
+            end = min([start + batch, count, *(s for s in there if s > start)])
+            missing.append((start, end - start))
+            start = end
+        else:
+            start += there[start]
+    return missing
+
+
 def _open_parts(parts: epath.Path, protocol: dict[str, Any]) -> None:
     """Makes the directory of parts, or checks that those in it were drawn in the same way."""
     file = parts / "protocol.json"
@@ -149,7 +162,7 @@ def _open_parts(parts: epath.Path, protocol: dict[str, Any]) -> None:
             key = next(k for k in protocol if before.get(k) != protocol[k])
             raise RequestError(
                 f"{parts} was begun with {key}={before.get(key)}, not {protocol[key]}; "
-                "go on with that, or delete the directory"
+                "delete the directory to start again"
             )
     parts.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(protocol))

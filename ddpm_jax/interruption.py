@@ -6,6 +6,9 @@ import signal
 import sys
 from types import TracebackType
 
+import jax
+from jax.experimental import multihost_utils
+
 EXIT_CODE = 75  # EX_TEMPFAIL: interrupted; the same command goes on.
 
 
@@ -14,16 +17,29 @@ class Interrupted(Exception):  # noqa: N818 (not an error)
 
 
 class Watch:
-    """While open, the first SIGINT or SIGTERM sets `requested`; a second one stops at once."""
+    """While open, the first SIGINT or SIGTERM makes `asked` true; a second one stops at once.
+
+    On several hosts JAX's own notice of preemption (SIGTERM) is used instead: a signal to one host
+    stops all of them, after the same step.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self._requested = False
+        self._questions = 0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Watch:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._handle)
+        if jax.process_count() == 1:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
         return self
+
+    def asked(self) -> bool:
+        """Whether to stop now; every host must ask equally often."""
+        if jax.process_count() == 1:
+            return self._requested
+        self._questions += 1
+        return multihost_utils.reached_preemption_sync_point(self._questions)
 
     def __exit__(
         self,
@@ -35,8 +51,8 @@ class Watch:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: object) -> None:
-        if self.requested:
+        if self._requested:
             raise KeyboardInterrupt
-        self.requested = True
+        self._requested = True
         name = signal.Signals(number).name
         print(f"\n{name}: finishing the current step; once more to stop at once", file=sys.stderr)

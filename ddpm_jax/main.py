@@ -93,8 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a request; returns the exit code."""
     try:
         args, overrides = parse(sys.argv[1:] if argv is None else argv)
-        if args.distributed or args.coordinator:  # Before anything touches a device.
-            jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+        _join_hosts(args)  # Before anything touches a device.
         config = resolve(args, overrides)
         if args.mode != "check" and not args.workdir:
             raise RequestError("--workdir=DIR is needed, e.g. --workdir=runs/digits")
@@ -116,6 +115,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CheckpointError, NonFiniteError, ReadError) as error:
         return _fail(error, 1)
     return 0
+
+
+def _join_hosts(args: argparse.Namespace) -> None:
+    """Starts JAX's distributed runtime where the flags ask for it.
+
+    Raises:
+      RequestError: the flags are incomplete, or no cluster is found.
+    """
+    named = (args.coordinator, args.num_processes, args.process_id)
+    if not args.distributed and named == (None, None, None):
+        return
+    if not args.distributed and None in named:
+        raise RequestError("--coordinator, --num_processes and --process_id belong together")
+    try:
+        jax.distributed.initialize(*named)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise RequestError(f"the hosts cannot be joined: {reason}") from error
 
 
 def _say(line: str) -> None:

@@ -11,6 +11,7 @@ figures/        plots
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from ddpm_jax.parallel import Layout, make_layout
 from ddpm_jax.training.checkpoints import Checkpoints
 from ddpm_jax.training.state import init_state, make_optimizer
 
-# What may differ when a run goes on: nothing in it changes the numbers of a step.
+# What may differ when a run goes on, keys or whole groups: nothing that a step's numbers depend on.
 HARMLESS = (
     "train.steps",
     "train.log_every",
@@ -34,9 +35,11 @@ HARMLESS = (
     "data.data_dir",
     "data.cache_dir",
     "data.resident_bytes",
-    "sample.",
-    "parallel.",
+    "sample",
+    "parallel",
 )
+# What may differ when a trained model is used: nothing that says what it is a model of.
+FOR_USE = (*HARMLESS, "seed", "data", "train", "model.dtype", "model.dropout")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +50,21 @@ class RunDirectory:
 
     @classmethod
     def of(cls, path: epath.PathLike) -> RunDirectory:
-        """The run directory at a path, which need not exist."""
-        return cls(epath.Path(path).expanduser())
+        """The run directory at a path, which need not exist.
+
+        Raises:
+          RequestError: a gs:// path without the package that reads it, or the path of a file.
+        """
+        try:
+            directory = cls(epath.Path(path).expanduser())
+            is_file = directory.path.exists() and not directory.path.is_dir()
+        except ImportError:
+            raise config_lib.RequestError(
+                f"--workdir={path}: gs:// paths need gcsfs; pip install gcsfs"
+            ) from None
+        if is_file:
+            raise config_lib.RequestError(f"--workdir={path} is a file, not a directory")
+        return directory
 
     @property
     def config(self) -> epath.Path:
@@ -86,7 +102,11 @@ class RunDirectory:
                 f"--workdir={self.path}: no run there (no config.json); train one first, "
                 "or name the directory of a run"
             )
-        return config_lib.from_json(self.config.read_text())
+        try:
+            return config_lib.from_json(self.config.read_text())
+        except (ValueError, AttributeError) as error:
+            reason = str(error).splitlines()[0]
+            raise config_lib.RequestError(f"{self.config} is not a config: {reason}") from error
 
     def save_config(self, config: ml_collections.ConfigDict) -> None:
         """Saves the config, or checks that the one saved describes the same numbers.
@@ -95,24 +115,40 @@ class RunDirectory:
           RequestError: the directory holds a run of another config; the differences are listed.
         """
         if self.config.exists():
-            saved = self.load_config()
-            differing = [
-                f"{key} was {config_lib.get(saved, key)}, is {config_lib.get(config, key)}"
-                for key in config_lib.FIELDS
-                if config_lib.get(saved, key) != config_lib.get(config, key)
-                and not key.startswith(HARMLESS)
-            ]
-            if differing:
-                raise config_lib.RequestError(
-                    f"--workdir={self.path} holds a run of another config: {'; '.join(differing)}; "
-                    "choose another --workdir, or go back to those values"
-                )
+            # A folder of images is known by its path alone.
+            folder = config.data.name == "folder"
+            self.check_same(config, [k for k in HARMLESS if not (folder and k == "data.data_dir")])
         if jax.process_index() != 0:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        temporary = self.path / "config.json.tmp"
-        temporary.write_text(config_lib.to_json(config))
-        temporary.replace(self.config)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            temporary = self.path / "config.json.tmp"
+            temporary.write_text(config_lib.to_json(config))
+            temporary.replace(self.config)
+        except OSError as error:
+            raise config_lib.RequestError(
+                f"--workdir={self.path} cannot be written: {error.strerror or error}"
+            ) from error
+
+    def check_same(self, config: ml_collections.ConfigDict, free: Sequence[str]) -> None:
+        """Refuses a config that differs from the run's own, but in the keys or groups `free`.
+
+        Raises:
+          RequestError: lists the differences.
+        """
+        saved = self.load_config()
+        differing = [
+            f"{key} was {config_lib.get(saved, key)}, is {config_lib.get(config, key)}"
+            for key in config_lib.FIELDS
+            if config_lib.get(saved, key) != config_lib.get(config, key)
+            and key not in free
+            and key.partition(".")[0] not in free
+        ]
+        if differing:
+            raise config_lib.RequestError(
+                f"--workdir={self.path} holds a run of another config: {'; '.join(differing)}; "
+                "choose another --workdir, or go back to those values"
+            )
 
 
 def make_model(config: ml_collections.ConfigDict) -> UNet:
@@ -163,13 +199,14 @@ def load(
       workdir: the run's directory.
       step: the checkpoint wanted, instead of the newest.
       ema: the parameters' moving average, as in the paper, or the parameters themselves.
-      config: instead of the run's own, where values that do not touch the network differ.
+      config: instead of the run's own, where it differs in what `FOR_USE` names.
     Raises:
-      RequestError: no run or no checkpoint there.
+      RequestError: no run or no checkpoint there, or a config of another model.
       CheckpointError: the step does not exist, or all checkpoints are damaged.
     """
     directory = RunDirectory.of(workdir)
     config = config or directory.load_config()
+    directory.check_same(config, FOR_USE)
     layout = make_layout("jit")
     model = make_model(config)
     abstract = jax.eval_shape(

@@ -1,6 +1,6 @@
 """Are the digits digits, of every class, and no copies? A classifier and neighbours answer.
 
-    pip install 'ddpm_jax[test]'
+    pip install -e '.[test]'
     python -m ddpm_jax.main --mode=sample --workdir=runs/digits --config.sample.count=1000
     python -m experiments.digits_quality --workdir=runs/digits
 

@@ -1,6 +1,6 @@
 """Makes golden/diffusers_unet.npz: what diffusers' UNet2DModel computes from seeded weights.
 
-pip install 'ddpm_jax[parity]' && python tests/make_diffusers_golden.py
+pip install -e '.[parity]' && python tests/make_diffusers_golden.py
 """
 
 import pathlib

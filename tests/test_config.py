@@ -146,6 +146,7 @@ def test_wrong_overrides_are_one_line_that_names_the_fix(key, text, parts):
         ({"model.dropout": 1.0}, ["dropout=1.0", "between 0 and 0.99"]),
         ({"model.dtype": "float16"}, ["float32, bfloat16"]),
         ({"train.steps_per_call": 3}, ["does not divide by train.steps_per_call=3"]),
+        ({"train.learning_rate": float("inf")}, ["learning_rate=inf", "finite"]),
         ({"train.batch_size": 0}, ["batch_size=0", "at least 1"]),
         ({"parallel.microbatches": 3}, ["does not divide by parallel.microbatches=3"]),
         ({"sample.steps": 1001}, ["sample.steps=1001", "num_steps=1000"]),
@@ -172,6 +173,34 @@ def test_unknown_variants_and_files_are_answered_with_the_known():
         load_file(f"{CONFIGS / 'lsun.py'}:nu")
     with pytest.raises(RequestError, match=r"there are .*cifar10\.py"):
         load_file(str(CONFIGS / "cifar.py"))
+
+
+def test_variants_that_contradict_each_other_are_refused():
+    with pytest.raises(RequestError, match=r"mu and eps both set diffusion\.prediction"):
+        load_file(f"{CONFIGS / 'digits.py'}:mu,eps")
+    with pytest.raises(RequestError, match=r"church and cat both set data\.name"):
+        load_file(f"{CONFIGS / 'lsun.py'}:church,cat")
+
+
+@pytest.mark.parametrize(
+    ("body", "part"),
+    [
+        ("config.modle.channels = 3", "modle"),
+        ("config.train.steps = 'many'", "TypeError"),
+        ("syntax error", "SyntaxError"),
+        ("return None", "returns no ConfigDict"),
+    ],
+)
+def test_a_config_file_that_fails_is_named_in_one_line(tmp_path, body, part):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from ddpm_jax.config import default_config\n"
+        f"def get_config(variants):\n    config = default_config()\n    {body}\n    return config\n"
+    )
+    with pytest.raises(RequestError) as caught:
+        load_file(str(path))
+    assert part in str(caught.value) and "mine.py" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_configs_survive_json():

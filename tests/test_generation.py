@@ -35,13 +35,19 @@ def test_samples_are_saved_with_their_protocol(run_directory):
     assert protocol == {
         "checkpoint": 10,
         "parameters": "ema",
+        "schedule": "linear",
+        "num_steps": 20,
+        "beta_start": 1e-4,
+        "beta_end": 0.4,
+        "prediction": "eps",
+        "variance": "fixed_small",
+        "dtype": "float32",
         "sampler": "ddim",
         "steps": 5,
         "eta": 0.5,
         "clip": True,
         "seed": 0,
         "count": 10,
-        "batch_size": 4,
         "rounding": "nearest of 256 levels",
     }
     assert path.name == "step10_ddim5_eta0.5_seed0_10.npz"
@@ -78,17 +84,32 @@ def test_interrupted_sampling_goes_on_to_the_bit(run_directory, tmp_path, monkey
     monkeypatch.setattr(generation, "_write_array", interrupting)
     flags = ["--config.sample.count=11", "--config.sample.batch_size=4"]
     assert main([f"--workdir={workdir}", "--mode=sample", *flags]) == 75
-    assert "4 of 11 images" in capsys.readouterr().err
-    again, _, _ = draw(workdir, count=11)
+    assert "the first 4 of 11 images" in capsys.readouterr().err
+    again, _, path = draw(workdir, count=11)
     np.testing.assert_array_equal(again, whole)
-    assert len(written) == 3  # The first part was not drawn twice.
+    assert [part.stem for part in written] == ["00000000_4", "00000004_4", "00000008_3"]
+
+
+def test_missing_batches_are_found_around_parts_of_any_length(tmp_path):
+    for name in ("00000000_4", "00000007_2"):
+        (tmp_path / f"{name}.npy").touch()
+    assert generation._missing(tmp_path, 12, 5) == [(4, 3), (9, 3)]
+    assert generation._missing(tmp_path, 9, 2) == [(4, 2), (6, 1)]
+
+
+def test_a_config_of_another_model_is_refused(run_directory, capsys):
+    for change in ("diffusion.prediction=mu", "model.channels=16", "diffusion.schedule=cosine"):
+        flags = [f"--workdir={run_directory}", "--mode=sample", f"--config.{change}"]
+        assert main(flags) == 2
+        error = capsys.readouterr().err
+        assert f"{change.split('=')[0]} was" in error and error.count("\n") == 1
 
 
 def test_parts_drawn_in_another_way_are_refused(run_directory, tmp_path, capsys):
     workdir = shutil.copytree(run_directory, tmp_path / "run")
     parts = workdir / "samples" / "step10_ancestral20_seed0_9.parts"
     parts.mkdir()
-    (parts / "protocol.json").write_text(json.dumps({"batch_size": 3}))
+    (parts / "protocol.json").write_text(json.dumps({"seed": 3}))
     flags = ["--config.sample.count=9", "--config.sample.batch_size=4"]
     assert main([f"--workdir={workdir}", "--mode=sample", *flags]) == 2
     assert "delete the directory" in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """The command line: what is wrong is said in one line with exit code 2, and nothing is started."""
 
+import re
+
 import pytest
 from runs_for_tests import ROOT, arguments, start, train
 
@@ -22,9 +24,17 @@ DIGITS = f"--config={ROOT}/configs/digits.py"
         ([DIGITS + ":learned", "--workdir=W"], "never train the variance"),
         (["--config=configs/digit.py", "--workdir=W"], "no file configs/digit.py; there are"),
         ([DIGITS, "--workdir=W", "--config.data.split=dev"], "splits train, test"),
-        ([DIGITS, "--workdir=W", "--config.data.image_size=16"], "image_size=8"),
+        (
+            [
+                DIGITS,
+                "--workdir=W",
+                "--config.data.image_size=16",
+                "--config.model.attention_resolutions=8",
+            ],
+            "set --config.data.image_size=8",
+        ),
         ([DIGITS, "--workdir=W", "--config.train.batch_size=2000"], "only 1541 images"),
-        ([DIGITS, "--workdir=W", "--mode=sample"], "has no checkpoint yet"),
+        ([DIGITS, "--workdir=W", "--mode=sample"], "no run there (no config.json)"),
         (["--workdir=W", "--mode=sample"], "no run there (no config.json)"),
     ],
 )
@@ -37,6 +47,27 @@ def test_wrong_requests_are_one_line_and_exit_code_2(argv, message, capsys, monk
     assert captured.err.count("\n") == 1 and captured.err.startswith("error: ")
     assert not captured.out
     assert not (tmp_path / "W").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"train": {"step": 1}}'])
+def test_a_damaged_config_json_is_named(content, capsys, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    assert main([f"--workdir={tmp_path}", "--mode=sample"]) == 2
+    error = capsys.readouterr().err
+    assert "config.json is not a config" in error and error.count("\n") == 1
+
+
+def test_a_workdir_that_is_a_file_or_cannot_be_made_is_refused(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    assert main([DIGITS, f"--workdir={tmp_path}/file"]) == 2
+    assert "is a file" in capsys.readouterr().err
+    assert main([DIGITS, "--workdir=/proc/none/run"]) == 2
+    assert "/proc/none/run cannot be written" in capsys.readouterr().err
+
+
+def test_flags_of_several_hosts_belong_together(capsys, tmp_path):
+    assert main([DIGITS, f"--workdir={tmp_path}", "--process_id=1"]) == 2
+    assert "belong together" in capsys.readouterr().err
 
 
 def test_errors_show_no_traceback_from_the_shell():
@@ -68,6 +99,14 @@ def test_check_shows_config_shapes_and_cost_and_starts_nothing(tmp_path, capsys)
     ):
         assert part in out, part
     assert not (tmp_path / "run").exists()
+
+
+def test_check_counts_the_work_of_a_step_whatever_the_loops(tmp_path, capsys):
+    def flops(**overrides):
+        assert main(arguments(tmp_path, mode="check", **overrides)) == 0
+        return float(re.search(r"([\d.]+) GFLOP", capsys.readouterr().out)[1])
+
+    assert flops() == flops(train__steps_per_call=5, parallel__microbatches=4) > 0
 
 
 def test_check_warns_of_a_chain_that_does_not_reach_noise(tmp_path, capsys):

@@ -133,7 +133,7 @@ def _preparation(name: str, data_dir: str) -> str:
         "import tensorflow_datasets as tfds; "
         f'tfds.builder("{name}", {where}file_format="{FORMAT}").download_and_prepare()'
     )
-    return f"pip install 'ddpm_jax[prepare]' && python -c {shlex.quote(code)}"
+    return f"pip install tensorflow importlib_resources && python -c {shlex.quote(code)}"
 
 
 def _image_feature(info: Any, data: ml_collections.ConfigDict) -> tuple[str, tuple[int, int, int]]:

@@ -61,7 +61,7 @@ def conv2d(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> ja
 
     The values and gradients of `lax.conv_general_dilated`. On CPUs the gradients are stated as
     ordinary forward convolutions, since XLA runs its own forms of them several times slower
-    within a loop (jax#12868).
+    within a loop (jax#12868). Reverse mode only: no jvp.
     """
     return _conv(x, kernel, stride, padding)
 

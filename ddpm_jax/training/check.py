@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -14,8 +15,9 @@ from ddpm_jax import likelihood
 from ddpm_jax.data import open_source
 from ddpm_jax.parallel import compile_call
 from ddpm_jax.runs import image_shape
-from ddpm_jax.training.loop import make_job
-from ddpm_jax.training.step import train_call
+from ddpm_jax.schedules import Schedule
+from ddpm_jax.training.loop import Job, make_job
+from ddpm_jax.training.step import train_call, train_step
 
 
 def report(config: ml_collections.ConfigDict) -> str:
@@ -40,7 +42,7 @@ def report(config: ml_collections.ConfigDict) -> str:
     return "\n".join(lines)
 
 
-def _schedule_lines(schedule) -> list[str]:
+def _schedule_lines(schedule: Schedule) -> list[str]:
     prior = float(likelihood.prior_term(schedule, jnp.ones((1, 1)))[0])
     line = f"diffusion: T = {schedule.num_steps}, ᾱ_T = {float(schedule.alpha_bar[-1]):.3g}, "
     line += f"L_T ≤ {prior:.3g} bits/dim"
@@ -49,7 +51,7 @@ def _schedule_lines(schedule) -> list[str]:
     return [line]
 
 
-def _cost_lines(job) -> list[str]:
+def _cost_lines(job: Job) -> list[str]:
     config = job.config
     batch = (config.train.steps_per_call, config.train.batch_size, *image_shape(config))
     images = jax.ShapeDtypeStruct(batch, jnp.uint8, sharding=job.layout.split(1))
@@ -59,14 +61,15 @@ def _cost_lines(job) -> list[str]:
         for x in jax.tree.leaves(job.abstract)
     )
     lines.append(f"state: {state_bytes / 2**20:,.1f} MiB a device")
-    if job.layout.mode == "pmap":
-        return lines
-    call = compile_call(job.layout, functools.partial(train_call, job.task), job.sharding)
-    compiled = call.lower(job.abstract, images).compile()
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    if memory is not None:
+    # One step without loops, of which XLA would count a single round.
+    whole = dataclasses.replace(job.task, microbatches=1)
+    one_batch = jax.ShapeDtypeStruct(batch[1:], jnp.uint8)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), job.abstract)
+    cost = jax.jit(functools.partial(train_step, whole)).lower(shapes, one_batch).cost_analysis()
+    lines.append(f"step: {cost['flops'] / 1e9:,.2f} GFLOP, on all devices together")
+    if job.layout.mode != "pmap":  # Its program cannot be compiled without running it.
+        call = compile_call(job.layout, functools.partial(train_call, job.task), job.sharding)
+        memory = call.lower(job.abstract, images).compile().memory_analysis()
         temporary = memory.temp_size_in_bytes / 2**20
         lines.append(f"step: {temporary:,.1f} MiB of temporary memory a device")
-    if "flops" in cost:
-        lines.append(f"step: {cost['flops'] / 1e9:,.2f} GFLOP a device and compiled call")
     return lines

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from etils import epath
 
 from ddpm_jax import config as config_lib
@@ -136,8 +138,16 @@ class _Loop:
         self._state, self._step, self._window = self._begin()
         self._saved = self._step
         self._sampler = None
-        self._writer = Writer(directory.path, directory.metrics, self._step, self._first_host)
+        self._writer = Writer(
+            directory.path, directory.metrics, self._step, self._keeps, self._first_host
+        )
         self._progress = Progress(self._step, self._train.steps, self._first_host, say)
+
+    def _keeps(self, record: dict[str, Any]) -> bool:
+        """Whether a line of an earlier life is one that an unbroken run would have."""
+        if record["step"] == self._step < self._train.steps:
+            return self._step % self._train.log_every == 0  # Not the last line of an earlier end.
+        return record["step"] <= self._step
 
     def _begin(self) -> tuple[State, int, Window]:
         found = self._checkpoints.restore(self._job.abstract, warn=self._say)
@@ -173,7 +183,7 @@ class _Loop:
                 if waiting is not None:
                     self._take(*waiting, batches)
                 waiting = (self._step, metrics)
-                stop = self._watch.requested
+                stop = self._watch.asked()
                 if stop or self._due():
                     self._take(*waiting, batches)
                     waiting = None
@@ -191,8 +201,10 @@ class _Loop:
         self._window.add(step, jax.tree.map(to_host, metrics))
         loss = self._window.sums["loss"] / self._window.sums["steps"]
         self._progress.update(step, f"loss {loss:.4f}")
-        if step % self._train.log_every == 0:
-            scalars = self._window.close()
+        if step % self._train.log_every == 0 or step == self._train.steps:
+            scalars = self._window.scalars()
+            if step % self._train.log_every == 0:
+                self._window = Window()
             if self._train.objective == "vlb":  # Bits/dim, without L_T, which has no parameters.
                 scalars["bound"] = scalars["loss"] * self._job.task.process.schedule.num_steps
             rate = self._progress.rate(step)
@@ -236,9 +248,15 @@ class _Loop:
                 self._job.sharding.ema_params,
                 self._path_indices(),
             )
-        indices = jnp.arange(padded_batch(count, layout))
-        samples = jax.tree.map(to_host, self._sampler(self._state.ema_params, indices))
-        samples = Samples(samples.images[:count], samples.x0_path[:, :count])
+        batch = padded_batch(min(config.sample.batch_size, count), layout)
+        drawn = [
+            jax.tree.map(
+                to_host, self._sampler(self._state.ema_params, jnp.arange(start, start + batch))
+            )
+            for start in range(0, count, batch)
+        ]
+        images = np.concatenate([part.images for part in drawn])[:count]
+        samples = Samples(images, drawn[0].x0_path[:, :PATH_SAMPLES][:, :count])
         picture = figures.grid(samples.images)
         if self._first_host:
             figures.save_png(self._picture(), picture)
@@ -254,7 +272,7 @@ class _Loop:
         self._writer.close()
         if not self._first_host:
             return
-        rows = samples.x0_path[:, :PATH_SAMPLES].swapaxes(0, 1)
+        rows = samples.x0_path.swapaxes(0, 1)
         path = figures.grid(rows.reshape(-1, *rows.shape[2:]), columns=rows.shape[1])
         figure = self._directory.figures / "training.png"
         figure.parent.mkdir(parents=True, exist_ok=True)

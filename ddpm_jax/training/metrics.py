@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ class Window:
             steps = ", ".join(str(last_step - len(losses) + 1 + k) for k in bad[:8])
             raise NonFiniteError(
                 f"loss or gradient not finite at step {steps}: loss {losses[bad[0]]}, gradient "
-                f"norm {norms[bad[0]]}; lower train.learning_rate, or start from a checkpoint"
+                f"norm {norms[bad[0]]}; start another --workdir, with a lower rate"
             )
         values = {name: np.asarray(x, np.float64).sum(axis=0) for name, x in metrics.items()}
         values["learning_rate"] = np.float64(metrics["learning_rate"][-1])
@@ -45,10 +46,9 @@ class Window:
             before = 0.0 if name == "learning_rate" else np.asarray(self.sums.get(name, 0.0))
             self.sums[name] = (before + value).tolist()
 
-    def close(self) -> dict[str, float]:
-        """The scalars of a line, without quarters of T that had no draw; empties the window."""
-        sums, self.sums = self.sums, {}
-        steps = sums["steps"]
+    def scalars(self) -> dict[str, float]:
+        """The scalars of a line, without quarters of T that had no draw."""
+        sums, steps = self.sums, self.sums["steps"]
         scalars = {
             "loss": sums["loss"] / steps,
             "grad_norm": sums["grad_norm"] / steps,
@@ -63,12 +63,19 @@ class Window:
 class Writer:
     """metrics.jsonl and TensorBoard events of a run; on other hosts than the first, nothing."""
 
-    def __init__(self, directory: epath.Path, jsonl: epath.Path, step: int, active: bool):
-        """Opens the files to go on after `step`; later lines, of a life cut short, are dropped."""
+    def __init__(
+        self,
+        directory: epath.Path,
+        jsonl: epath.Path,
+        step: int,
+        keep: Callable[[dict[str, Any]], bool],
+        active: bool,
+    ):
+        """Opens the files to go on after `step`, with the lines so far that `keep` accepts."""
         self._jsonl, self._active = jsonl, active
         if not active:
             return
-        self.records = [r for r in read(jsonl) if r["step"] <= step] if jsonl.exists() else []
+        self.records = [r for r in read(jsonl) if keep(r)] if jsonl.exists() else []
         self._rewrite()
         # It tells TensorBoard to forget what came after.
         self._events = SummaryWriter(str(directory), purge_step=step + 1)

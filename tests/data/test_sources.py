@@ -389,7 +389,7 @@ def test_tfds_set_that_is_not_prepared(tiny, tmp_path, caplog):
     tiny.data.update(name="mnist", data_dir=str(tmp_path / "it's here"))
     message = refusal(tiny)
     assert "config.data.name=mnist: not prepared" in message
-    _, _, command = message.partition("pip install 'ddpm_jax[prepare]' && python -c ")
+    _, _, command = message.partition("pip install tensorflow importlib_resources && python -c ")
     [code] = shlex.split(command)
     asked = {}
     fake = types.SimpleNamespace(
