@@ -38,6 +38,7 @@ setup(
         "test": [
             "mpmath>=1.3",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff>=0.8",
             "scikit-learn>=1.5",
             "scipy>=1.13",

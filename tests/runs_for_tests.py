@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 TINY = {
     "data.flip": "true",
     "model.channels": 8,
-    "model.channel_multipliers": "1,2",
+    "model.channel_multipliers": "1",
     "model.num_res_blocks": 1,
     "model.dropout": 0.1,
     "model.attention_resolutions": "()",
