@@ -11,6 +11,8 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from ddpm_jax import files
+
 
 def grid(images: np.ndarray, columns: int | None = None, border: int = 1) -> np.ndarray:
     """Images side by side in rows.
@@ -39,8 +41,7 @@ def save_png(path: epath.Path, image: np.ndarray, least_side: int = 1024) -> Non
     image = image.repeat(factor, axis=0).repeat(factor, axis=1)
     buffer = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, format="PNG")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(buffer.getvalue())
+    files.replace(path, buffer.getvalue())
 
 
 def training_figure(

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from ddpm_jax import figures, keys, sampling
+from ddpm_jax import figures, files, keys, sampling
 from ddpm_jax.config import RequestError
 from ddpm_jax.data import to_uint8
 from ddpm_jax.diffusion import Process
@@ -164,8 +164,7 @@ def _open_parts(parts: epath.Path, protocol: dict[str, Any]) -> None:
                 f"{parts} was begun with {key}={before.get(key)}, not {protocol[key]}; "
                 "delete the directory to start again"
             )
-    parts.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(protocol))
+    files.replace(file, json.dumps(protocol))
 
 
 def _save(target: epath.Path, images: np.ndarray, protocol: dict[str, Any]) -> None:
@@ -174,17 +173,13 @@ def _save(target: epath.Path, images: np.ndarray, protocol: dict[str, Any]) -> N
         figures.save_png(target.parent / f"{target.stem}_grid_{start:05d}.png", picture)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, images=images, protocol=json.dumps(protocol))
-    temporary = target.parent / f"{target.name}.tmp"
-    temporary.write_bytes(buffer.getvalue())
-    temporary.replace(target)
+    files.replace(target, buffer.getvalue())
 
 
 def _write_array(path: epath.Path, array: np.ndarray) -> None:
     buffer = io.BytesIO()
     np.save(buffer, array)
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_bytes(buffer.getvalue())
-    temporary.replace(path)
+    files.replace(path, buffer.getvalue())
 
 
 def _read_array(path: epath.Path) -> np.ndarray:

@@ -19,6 +19,7 @@ import ml_collections
 from etils import epath
 
 from ddpm_jax import config as config_lib
+from ddpm_jax import files
 from ddpm_jax.diffusion import Process
 from ddpm_jax.models import UNet
 from ddpm_jax.parallel import Layout, make_layout
@@ -121,10 +122,7 @@ class RunDirectory:
         if jax.process_index() != 0:
             return
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            temporary = self.path / "config.json.tmp"
-            temporary.write_text(config_lib.to_json(config))
-            temporary.replace(self.config)
+            files.replace(self.config, config_lib.to_json(config))
         except OSError as error:
             raise config_lib.RequestError(
                 f"--workdir={self.path} cannot be written: {error.strerror or error}"

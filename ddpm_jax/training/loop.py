@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import figures
+from ddpm_jax import figures, files
 from ddpm_jax.data import Batches, Source, nbytes, open_source
 from ddpm_jax.generation import GRID_IMAGES, compile_sampler, padded_batch
 from ddpm_jax.interruption import Interrupted, Watch
@@ -275,10 +275,9 @@ class _Loop:
         rows = samples.x0_path.swapaxes(0, 1)
         path = figures.grid(rows.reshape(-1, *rows.shape[2:]), columns=rows.shape[1])
         figure = self._directory.figures / "training.png"
-        figure.parent.mkdir(parents=True, exist_ok=True)
         trained = spaced(self._job.config.diffusion.num_steps, self._chain_length())
         times = [int(trained[index - 1]) for index in self._path_indices()]
-        figure.write_bytes(figures.training_figure(self._writer.records, path, times))
+        files.replace(figure, figures.training_figure(self._writer.records, path, times))
         self._say(f"samples: {self._picture()}")
         self._say(f"figure:  {figure}")
 

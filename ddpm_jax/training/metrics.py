@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from ddpm_jax import files
 from ddpm_jax.training.step import QUARTERS
 
 
@@ -81,9 +82,7 @@ class Writer:
         self._events = SummaryWriter(str(directory), purge_step=step + 1)
 
     def _rewrite(self) -> None:
-        temporary = self._jsonl.parent / f"{self._jsonl.name}.tmp"
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records))
-        temporary.replace(self._jsonl)
+        files.replace(self._jsonl, "".join(json.dumps(record) + "\n" for record in self.records))
 
     def scalars(self, step: int, scalars: dict[str, float]) -> None:
         """One line, and the same to TensorBoard."""
