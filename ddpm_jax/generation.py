@@ -164,7 +164,8 @@ def _open_parts(parts: epath.Path, protocol: dict[str, Any]) -> None:
                 f"{parts} was begun with {key}={before.get(key)}, not {protocol[key]}; "
                 "delete the directory to start again"
             )
-    files.replace(file, json.dumps(protocol))
+    if jax.process_index() == 0:
+        files.replace(file, json.dumps(protocol))
 
 
 def _save(target: epath.Path, images: np.ndarray, protocol: dict[str, Any]) -> None:
