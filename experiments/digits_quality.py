@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import Any
 
 import numpy as np
@@ -102,4 +103,8 @@ def _picture(path: epath.Path, images: np.ndarray, train: Source) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except config_lib.RequestError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
