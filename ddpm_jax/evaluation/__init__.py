@@ -1,0 +1,1 @@
+"""Feature networks, metrics of sample quality, and the evaluator."""
