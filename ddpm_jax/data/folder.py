@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ddpm_jax.config import RequestError
-from ddpm_jax.data.records import RecordSource, pixels
+from ddpm_jax.data.records import RecordSource, check_channels, pixels
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 
@@ -31,11 +31,7 @@ def open_folder(data: ml_collections.ConfigDict, split: str) -> RecordSource:
             f"config.data.data_dir={data.data_dir}: no such folder; name the folder of images with "
             "--config.data.data_dir=PATH"
         )
-    if data.channels not in (1, 3):
-        raise RequestError(
-            f"config.data.channels={data.channels}: the images of a folder are read in grey "
-            "(--config.data.channels=1) or RGB (--config.data.channels=3)"
-        )
+    check_channels(data)
     if (root / split).is_dir():
         root = root / split
     elif split != "train":

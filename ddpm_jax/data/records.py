@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import ml_collections
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
@@ -121,10 +122,10 @@ def decode_once(
 
 def _decoded(source: RecordSource, path: pathlib.Path, in_memory: bool) -> np.ndarray | None:
     try:
-        table = _load(path, source)
-        if table is None:
-            _save(path, source)
-            table = _load(path, source)
+        table = load_table(path)
+        if table is None or table.dtype != source.dtype or table.shape != (len(source),):
+            save_table(path, source.dtype, len(source), source.chunks())
+            table = load_table(path)
         return table
     except OSError as error:
         logging.getLogger(__name__).warning(
@@ -136,34 +137,51 @@ def _decoded(source: RecordSource, path: pathlib.Path, in_memory: bool) -> np.nd
     return np.concatenate(list(source.chunks())) if in_memory else None
 
 
-def _load(path: pathlib.Path, source: RecordSource) -> np.ndarray | None:
+def load_table(path: pathlib.Path) -> np.ndarray | None:
+    """The array that `save_table` wrote, mapped from its file; None if missing or damaged."""
     try:
-        table = np.lib.format.open_memmap(path, mode="r")
+        return np.asarray(np.lib.format.open_memmap(path, mode="r"))
     except (FileNotFoundError, ValueError):  # ValueError: not a whole .npy file.
         return None
-    whole = table.dtype == source.dtype and table.shape == (len(source),)
-    return np.asarray(table) if whole else None
 
 
-def _save(path: pathlib.Path, source: RecordSource) -> None:
-    """Writes beside the path, then renames: the path never holds a part of the set."""
+def save_table(
+    path: pathlib.Path, dtype: np.dtype, count: int, tables: Iterable[np.ndarray]
+) -> None:
+    """Writes tables, `count` rows in all, as one .npy file that is whole or not there.
+
+    It is written beside the path under a name of its own and renamed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.stem}-{uuid.uuid4().hex[:8]}.tmp")
     header = {
-        "descr": np.lib.format.dtype_to_descr(source.dtype),
+        "descr": np.lib.format.dtype_to_descr(dtype),
         "fortran_order": False,
-        "shape": (len(source),),
+        "shape": (count,),
     }
     try:
         with open(partial, "xb") as file:
             np.lib.format.write_array_header_1_0(file, header)
-            for table in source.chunks():
+            for table in tables:
                 file.write(table.tobytes())
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_channels(data: ml_collections.ConfigDict) -> None:
+    """Refuses channels that `pixels` cannot give.
+
+    Raises:
+      RequestError: `data.channels` is neither 1 nor 3.
+    """
+    if data.channels not in (1, 3):
+        raise RequestError(
+            f"config.data.channels={data.channels}: the images of {data.name} are read in grey "
+            "(--config.data.channels=1) or RGB (--config.data.channels=3)"
+        )
 
 
 def pixels(image: Image.Image, size: int, channels: int) -> np.ndarray:

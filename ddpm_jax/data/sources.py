@@ -1,4 +1,4 @@
-"""Sources of images by position: the embedded digits, any TFDS image set, a folder of images.
+"""Sources of images by position: the embedded digits, any TFDS image set, LSUN, a folder of images.
 
 Nothing is ever downloaded. Whatever is wrong with a request is raised by `open_source`, before
 anything is compiled, as a `RequestError` that names the fix.
@@ -20,6 +20,7 @@ import numpy as np
 
 from ddpm_jax.config import RequestError
 from ddpm_jax.data.folder import open_folder
+from ddpm_jax.data.lsun import is_lsun, open_lsun
 from ddpm_jax.data.records import RecordSource, decode_once
 from ddpm_jax.data.tfds_sets import open_tfds
 
@@ -69,8 +70,8 @@ def open_source(
 ) -> Source:
     """Opens the images that `config.data` describes.
 
-    A folder, and a TFDS set of at most `config.data.resident_bytes`, is decoded once into a file
-    in `config.data.cache_dir`. A larger TFDS set is decoded image by image, when asked.
+    A folder, and any other set of at most `config.data.resident_bytes`, is decoded once into a file
+    in `config.data.cache_dir`. A larger set of TFDS or LSUN is decoded image by image, when asked.
 
     Args:
       config: the whole config.
@@ -82,7 +83,8 @@ def open_source(
         images differ in size from the config's; they are fewer than `batch_size`.
     """
     data, split = config.data, split or config.data.split
-    opener = {"digits": _open_digits, "folder": open_folder}.get(data.name, open_tfds)
+    openers = {"digits": _open_digits, "folder": open_folder}
+    opener = open_lsun if is_lsun(data.name) else openers.get(data.name, open_tfds)
     source = opener(data, split)
     _check(source, data, batch_size)
     fits = nbytes(source) <= data.resident_bytes
