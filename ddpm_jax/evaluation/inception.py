@@ -10,7 +10,10 @@ so give other scores.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -249,3 +252,101 @@ class Classes(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.count,))
         unbiased = jnp.dot(x, kernel, precision=lax.Precision.HIGHEST)
         return {"logits_unbiased": unbiased, "logits": unbiased + bias}
+
+
+def parameter_shapes(with_logits: bool = True) -> dict[str, tuple[int, ...]]:
+    """ "module/…/leaf" -> shape of all the network's parameters."""
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.uint8)
+    variables = jax.eval_shape(Inception(with_logits).init, jax.random.key(0), image)
+    flat = flax.traverse_util.flatten_dict(variables["params"], sep="/")
+    return {name: leaf.shape for name, leaf in flat.items()}
+
+
+def check_shapes(params: Mapping[str, np.ndarray], with_logits: bool = True) -> None:
+    """Raises a ValueError that names the first of the arrays that does not fit the network.
+
+    Args:
+      params: "module/…/leaf" -> array.
+    """
+    expected = parameter_shapes(with_logits)
+    for name in sorted(expected.keys() | params.keys()):
+        if name not in expected or name not in params:
+            raise ValueError(f"{name} is {'missing' if name in expected else 'not of the network'}")
+        array, shape = params[name], expected[name]
+        if array.shape != shape or array.dtype != np.float32:
+            raise ValueError(f"{name} is {array.dtype} {array.shape}, not float32 {shape}")
+
+
+# From the names in each file of weights to ours.
+
+_BATCH_NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
+
+
+def from_torch_state(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The parameters from those of pytorch-fid's and torch-fidelity's network."""
+    params = {}
+    for name, array in state.items():
+        *module, layer, leaf = name.split(".")
+        if leaf == "num_batches_tracked":
+            continue
+        if layer == "conv" and leaf == "weight":
+            leaf, array = "kernel", array.transpose(2, 3, 1, 0)
+        elif layer == "bn":
+            leaf = _BATCH_NORM.get(leaf, leaf)
+        else:  # The classes.
+            module = [*module, layer]
+            if leaf == "weight":
+                leaf, array = "kernel", array.T
+        params["/".join([*module, leaf])] = np.ascontiguousarray(array)
+    return params
+
+
+def tf_names() -> dict[str, str]:
+    """The frozen graph's name -> ours, of each layer."""
+    modules = {}
+    for i, name in enumerate(STEM):
+        modules[_numbered("conv", i)] = name
+    for i, (block_name, block) in enumerate(BLOCKS.items()):
+        scope, towers = _numbered("mixed", i), 0
+        for branch, layers in block.branches.items():
+            tower = ""
+            if len(layers) > 1:
+                tower, towers = _numbered("tower", towers) + "/", towers + 1
+            for j in range(len(layers)):
+                names = layer_names(branch, layers, j)
+                theirs = [_numbered("conv", j)]
+                if len(names) > 1:
+                    theirs = [f"mixed/{_numbered('conv', k)}" for k in range(len(names))]
+                for their, our in zip(theirs, names, strict=True):
+                    modules[f"{scope}/{tower}{their}"] = f"{block_name}/{our}"
+        if block.pool_width:
+            modules[f"{scope}/{_numbered('tower', towers)}/conv"] = f"{block_name}/branch_pool"
+    return modules
+
+
+def _numbered(name: str, index: int) -> str:
+    return f"{name}_{index}" if index else name
+
+
+def from_tf_constants(constants: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The parameters from the constants of the frozen graph."""
+    leaves = {
+        "conv2d_params": "kernel",
+        "batchnorm/gamma": "scale",
+        "batchnorm/beta": "bias",
+        "batchnorm/moving_mean": "mean",
+        "batchnorm/moving_variance": "var",
+    }
+    names = {f"{t}/{leaf}": f"{o}/{leaves[leaf]}" for t, o in tf_names().items() for leaf in leaves}
+    names |= {"softmax/weights": "fc/kernel", "softmax/biases": "fc/bias"}
+    return {ours: constants[theirs] for theirs, ours in names.items() if theirs in constants}
+
+
+def from_jax_fid(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The parameters from jax-fid's nested dicts, without the classes (theirs are others)."""
+    flat = flax.traverse_util.flatten_dict(dict(tree))
+    return {
+        "/".join(part for part in path if part not in ("conv", "bn")): np.asarray(array)
+        for path, array in flat.items()
+        if path[0] not in ("fc", "AuxLogits")
+    }
