@@ -5,8 +5,8 @@
     python -m ddpm_jax.main --config=configs/lsun.py:bedroom_large --workdir=runs/bedroom_large \
         --config.data.data_dir=path/to/lsun
 
-The directory holds LSUN's unpacked LMDBs (church_outdoor_train_lmdb, cat, …), which are read as they
-are. Sets that TFDS has prepared serve as well: --config.data.name=lsun/church_outdoor.
+The directory holds unpacked LMDBs (church_outdoor_train_lmdb, bedroom_train_lmdb, cat), which are
+read as they are. Sets prepared by TFDS serve as well: --config.data.name=lsun/church_outdoor.
 Cost: the paper's 2.2 steps/s on a TPU v3-8 make 1.2M steps of church 6.3 days.
 Expected FIDs (the paper's Table 3): church 7.89, bedroom 6.36 (large 4.90), cat 19.75.
 """

@@ -96,8 +96,8 @@ def _prepared_builder(name: str, data_dir: str) -> Any:
     except tfds.core.DatasetNotFoundError:
         near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.0)
         raise RequestError(
-            f"config.data.name={name}: no such set; choose digits, folder, lsun_lmdb or a set of TFDS, "
-            f"whose nearest names are {', '.join(near)}"
+            f"config.data.name={name}: no such set; choose digits, folder, lsun_lmdb or a set of "
+            f"TFDS, whose nearest names are {', '.join(near)}"
         ) from None
     except Exception as error:  # Each builder refuses versions and variants in its own way.
         variants = tfds.builder_cls(base).builder_configs if base in known else {}
@@ -111,12 +111,10 @@ def _prepared_builder(name: str, data_dir: str) -> Any:
 
 def _check_prepared(name: str, data_dir: str, builder: Any) -> None:
     if not builder.is_prepared():
-        shortcut = (
-            f"read LSUN's own files with --config.data.name={name.replace('/', '_lmdb/', 1)} "
-        )
+        lsun = f"--config.data.name={name.replace('/', '_lmdb/', 1)} --config.data.data_dir=PATH"
         raise RequestError(
             f"config.data.name={name}: not prepared in {builder.data_dir}; "
-            + f"{shortcut}--config.data.data_dir=PATH, or " * name.startswith("lsun/")
+            + f"read LSUN's own files with {lsun}, or " * name.startswith("lsun/")
             + f"prepare it once: {_preparation(name, data_dir)}"
         )
     formats = [file_format.value for file_format in builder.info.available_file_formats()]

@@ -3,18 +3,22 @@
 import importlib.resources.abc
 import io
 import os
+import pathlib
 import re
 import shlex
 import shutil
 import sys
+import tarfile
 import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax.config import RequestError, default_config
+from ddpm_jax.config import RequestError, default_config, load_file
 from ddpm_jax.data import RecordSource, folder, nbytes, open_source, records
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture
@@ -425,13 +429,71 @@ def test_tfds_requests_that_do_not_fit(tiny, tfds_dir, tmp_path):
     assert "left, right" in refusal(tiny)
     tiny.data.name = "cifar1"
     message = refusal(tiny)
-    assert all(word in message for word in ("cifar10", "digits", "folder"))
+    assert all(word in message for word in ("cifar10", "digits", "folder", "lsun_lmdb"))
     tiny.data.name = "huggingface:cifar10"
     assert "no such set" in refusal(tiny)
     tiny.data.name = "lsun/church"
     assert "lsun/church_outdoor" in refusal(tiny)
+    tiny.data.name = "lsun/church_outdoor"
+    assert "--config.data.name=lsun_lmdb/church_outdoor" in refusal(tiny)
     shutil.copytree(tfds_dir / "tiny", tmp_path / "tiny")
     [file] = (tmp_path / "tiny/1.0.0").glob("tiny-train.array_record*")
     file.unlink()
     tiny.data.update(name="tiny", data_dir=str(tmp_path))
     assert str(file) in refusal(tiny)
+
+
+# CelebA-HQ, both ways.
+
+
+@pytest.fixture
+def faces(tmp_path):
+    """A folder of three PNGs, of 256x256, RGBA, and 512x512, and what they should become."""
+    rng = np.random.default_rng(6)
+    (tmp_path / "faces").mkdir()
+    opaque, glass, large = (rng.integers(0, 256, (256, 256, c), np.uint8) for c in (3, 4, 3))
+    for name, image in zip("012", (opaque, glass, large.repeat(2, 0).repeat(2, 1)), strict=True):
+        Image.fromarray(image).save(tmp_path / f"faces/{name}.png")
+    alpha = glass[..., 3:] / 255
+    on_white = alpha * glass[..., :3] + (1 - alpha) * 255
+    return tmp_path / "faces", [opaque, on_white]
+
+
+def celeba_hq(variants, config, data_dir):
+    faces = load_file(f"{CONFIGS / 'celeba_hq.py'}:{variants}")
+    faces.data.update(data_dir=str(data_dir), cache_dir=config.data.cache_dir)
+    return open_source(faces)
+
+
+def test_celeba_hq_from_a_folder(config, faces):
+    folder, known = faces
+    images = everything(celeba_hq("folder", config, folder))
+    assert images.shape == (3, 256, 256, 3)
+    np.testing.assert_array_equal(images[0], known[0])
+    assert np.abs(images[1] - known[1]).max() <= 1
+
+
+def test_celeba_hq_from_the_tar_that_tfds_wants(config, faces, tmp_path, monkeypatch):
+    """The genuine builder, with the two functions of TensorFlow's that it calls replaced."""
+    monkeypatch.setitem(sys.modules, "importlib_resources", importlib.resources)
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.download import extractor
+    from tensorflow_datasets.datasets.celeb_a_hq import celeb_a_hq_dataset_builder
+
+    gfile = types.SimpleNamespace(exists=os.path.exists, GFile=open)
+    for module in (extractor, celeb_a_hq_dataset_builder):
+        monkeypatch.setattr(
+            module, "tf", types.SimpleNamespace(io=types.SimpleNamespace(gfile=gfile))
+        )
+    folder, known = faces
+    (folder / "2.png").unlink()
+    (tmp_path / "tfds/downloads/manual").mkdir(parents=True)
+    with tarfile.open(tmp_path / "tfds/downloads/manual/data256x256.tar", "w") as tar:
+        tar.add(folder, arcname=".")
+    arguments = {"data_dir": tmp_path / "tfds", "file_format": "array_record"}
+    tfds.builder("celeb_a_hq/256", **arguments).download_and_prepare()
+    source = celeba_hq("", config, tmp_path / "tfds")
+    images = everything(source)
+    assert images.shape == (2, 256, 256, 3) and source.labels(np.arange(2)) is None
+    found = [[np.abs(image - face).max() <= 1 for face in known] for image in images]
+    assert np.sum(found, axis=0).tolist() == [1, 1]
