@@ -21,6 +21,7 @@ import ml_collections
 
 from ddpm_jax import losses, schedules
 from ddpm_jax.diffusion import PREDICTIONS, VARIANCES, Process
+from ddpm_jax.evaluation import names
 from ddpm_jax.sampling import METHODS
 
 
@@ -81,7 +82,9 @@ FIELDS: dict[str, Field] = {
     "train.log_every": Field(100, "steps between lines of metrics", low=1),
     "train.checkpoint_every": Field(5000, "steps between checkpoints", low=1),
     "train.sample_every": Field(5000, "steps between sample grids; 0: only at the end", low=0),
+    "train.evaluate_every": Field(0, "steps between evaluations; 0: none", low=0),
     "train.keep_checkpoints": Field(3, "newest checkpoints to keep", low=1),
+    "train.keep_best": Field("", "result whose best checkpoint is kept, e.g. bits_per_dim_test"),
     # Sampling.
     "sample.method": Field("ancestral", "the sampler", choices=METHODS),
     "sample.steps": Field(0, "reverse steps; 0: all T", low=0),
@@ -89,6 +92,28 @@ FIELDS: dict[str, Field] = {
     "sample.clip": Field(True, "clip x̂_0 to [−1, 1] at each step"),
     "sample.count": Field(64, "images in all", low=1),
     "sample.batch_size": Field(64, "images at a time, over all devices", low=1),
+    # Evaluation.
+    "evaluation.metrics": Field(
+        (names.BOUND, "fid", "is"), "bits_per_dim, fid, is, kid, fd_pixels, kd_effnetlite0_64, …"
+    ),
+    "evaluation.split": Field(("test",), "the splits whose bits/dim are measured"),
+    "evaluation.max_images": Field(0, "images of a split, evenly spread; 0: all of them", low=0),
+    "evaluation.steps": Field(0, "length of the chain whose bound is measured; 0: all T", low=0),
+    "evaluation.terms": Field(
+        0, "of each image's T terms, this many, stratified and unbiased; 0: all", low=0
+    ),
+    "evaluation.draws": Field(1, "draws of the noise for each image's bound", low=1),
+    "evaluation.clip": Field(True, "clip x̂_0 to [−1, 1] in the bound"),
+    "evaluation.count": Field(50_000, "samples whose quality is measured", low=2),
+    "evaluation.reference": Field("train", "the split that samples are compared with"),
+    "evaluation.reference_count": Field(0, "images of it, evenly spread; 0: all of them", low=0),
+    "evaluation.reference_mirror": Field(False, "add their mirror images"),
+    "evaluation.statistics": Field("", "file of the reference's features, instead of the cache's"),
+    "evaluation.weights": Field("", "file or folder of the Inception network's weights"),
+    "evaluation.cache_dir": Field("~/.cache/ddpm_jax/evaluation", "where features are kept"),
+    "evaluation.checkpoint": Field("newest", "newest, best (see train.keep_best), or a step"),
+    "evaluation.ema": Field(True, "the parameters' moving average, or the parameters themselves"),
+    "evaluation.batch_size": Field(128, "images at a time, over all devices", low=1),
     # Devices.
     "parallel.mode": Field("jit", "how a step is spread", choices=("jit", "fsdp", "pmap")),
     "parallel.microbatches": Field(1, "parts of a batch, one after another", low=1),
@@ -132,10 +157,13 @@ def _converted(key: str, value: Any, default: Any) -> Any:
     kind = type(default)
     try:
         if kind is tuple:
-            items = ast.literal_eval(f"({value},)") if isinstance(value, str) else tuple(value)
+            if isinstance(value, str) and type(default[0]) is str:
+                items = tuple(filter(None, (word.strip(" ()'\"") for word in value.split(","))))
+            else:
+                items = ast.literal_eval(f"({value},)") if isinstance(value, str) else tuple(value)
             if len(items) == 1 and isinstance(items[0], (tuple, list)):
                 items = tuple(items[0])
-            if not all(type(item) is int for item in items):
+            if not all(type(item) is type(default[0]) for item in items):
                 raise ValueError
             return items
         if kind is bool:
@@ -144,8 +172,10 @@ def _converted(key: str, value: Any, default: Any) -> Any:
             raise ValueError
         return kind(value)
     except (ValueError, TypeError, KeyError, SyntaxError):
-        expected = {tuple: "integers such as 1,2,2", bool: "true or false", int: "an integer"}
+        expected = {bool: "true or false", int: "an integer"}
         wanted = expected.get(kind, "a number")
+        if kind is tuple:
+            wanted = "words" if type(default[0]) is str else "integers such as 1,2,2"
         raise RequestError(f"--config.{key}={value}: expected {wanted}, e.g. {default}") from None
 
 
@@ -250,6 +280,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _check_cadences(config)
     _check_sampling(config)
     try:
+        names.check(config)
+    except ValueError as error:
+        raise RequestError(f"config.{error}") from None
+    try:
         losses.check_combination(config.diffusion.variance, config.train.objective)
         make_schedule(config)
     except ValueError as error:
@@ -300,7 +334,7 @@ def _check_network(config: ml_collections.ConfigDict) -> None:
 
 def _check_cadences(config: ml_collections.ConfigDict) -> None:
     per_call = config.train.steps_per_call
-    for name in ("steps", "log_every", "checkpoint_every", "sample_every"):
+    for name in ("steps", "log_every", "checkpoint_every", "sample_every", "evaluate_every"):
         value = config.train[name]
         if value % per_call:
             raise RequestError(

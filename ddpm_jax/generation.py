@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,28 @@ from ddpm_jax import figures, files, keys, sampling
 from ddpm_jax.config import RequestError
 from ddpm_jax.data import to_uint8
 from ddpm_jax.diffusion import Process
-from ddpm_jax.interruption import Interrupted, Watch
 from ddpm_jax.models import UNet
 from ddpm_jax.parallel import Layout, to_host
-from ddpm_jax.progress import Progress
-from ddpm_jax.runs import Run, image_shape
+from ddpm_jax.parts import collect
+from ddpm_jax.runs import Run, fingerprint, image_shape
+from ddpm_jax.training.metrics import NonFiniteError
 
 GRID_IMAGES = 64  # In each picture.
+
+
+class Drawn(NamedTuple):
+    """A batch of samples.
+
+    images: uint8 [batch, height, width, channels].
+    finite: bool [batch]: whether all values of an image were numbers before they were rounded.
+    outside: float32 [batch]: the share of an image's values more than half a level beyond [−1, 1].
+    x0_path: uint8 [len(x0_at), batch, height, width, channels], see `sampling.Samples`; or None.
+    """
+
+    images: Any
+    finite: Any
+    outside: Any
+    x0_path: Any = None
 
 
 def compile_sampler(
@@ -33,7 +48,7 @@ def compile_sampler(
     config: ml_collections.ConfigDict,
     params_sharding: Any,
     x0_at: Sequence[int] = (),
-) -> Callable[[Any, jax.Array], Any]:
+) -> Callable[[Any, jax.Array], Drawn]:
     """`sampler(params, indices)`: image k is that of index k, the batch split over the devices.
 
     Args:
@@ -42,12 +57,11 @@ def compile_sampler(
       params_sharding: how the parameters lie.
       x0_at: see `sampling.sample`.
     Returns:
-      A function of the parameters and int32 [batch], a multiple of the devices, to uint8 images
-      [batch, height, width, channels], or with x0_at `sampling.Samples` of uint8.
+      A function of the parameters and int32 [batch], a multiple of the devices.
     """
     how = config.sample
 
-    def sampler(params: Any, indices: jax.Array) -> Any:
+    def sampler(params: Any, indices: jax.Array) -> Drawn:
         example_keys = keys.example_keys(config.seed, "sample", 0, indices)
         drawn = sampling.sample(
             process,
@@ -60,10 +74,15 @@ def compile_sampler(
             how.clip,
             x0_at,
         )
-        return jax.tree.map(to_uint8, drawn)
+        x0, path = drawn if x0_at else (drawn, None)
+        of_image = tuple(range(1, x0.ndim))
+        outside = (jnp.abs(x0) > 1 + 1 / 255).mean(axis=of_image)
+        finite = jnp.isfinite(x0).all(axis=of_image)
+        return Drawn(to_uint8(x0), finite, outside, None if path is None else to_uint8(path))
 
-    split = sampling.Samples(layout.split(0), layout.split(1)) if x0_at else layout.split(0)
-    return jax.jit(sampler, in_shardings=(params_sharding, layout.split(0)), out_shardings=split)
+    one = layout.split(0)
+    split = Drawn(one, one, one, layout.split(1) if x0_at else None)
+    return jax.jit(sampler, in_shardings=(params_sharding, one), out_shardings=split)
 
 
 def padded_batch(batch_size: int, layout: Layout) -> int:
@@ -71,64 +90,88 @@ def padded_batch(batch_size: int, layout: Layout) -> int:
     return -(-batch_size // layout.num_devices) * layout.num_devices
 
 
-def generate(run: Run, directory: epath.Path, say: Callable[[str], None]) -> epath.Path:
-    """Draws `config.sample.count` images of a run and saves them.
+def draw(
+    sampler: Callable[[Any, jax.Array], Drawn],
+    params: Any,
+    count: int,
+    batch: int,
+    say: Callable[[str], None],
+    **keep: Any,
+) -> dict[str, np.ndarray]:
+    """The first `count` samples: uint8 "images" and the share "outside" of [−1, 1] of each.
 
-    Writes `<directory>/<name>.npz` (uint8 "images" [count, height, width, channels] and the JSON
-    text "protocol" of how they were drawn) and grids `<name>_grid_….png`, where the name tells
-    checkpoint, sampler, steps, seed and count. Batches are kept in `<name>.parts/` until all are
-    there, so that the same call goes on where it was stopped. `say` prints a line of progress.
-
-    Returns:
-      The path of the .npz.
+    Args:
+      sampler: as from `compile_sampler`.
+      batch: a multiple of the devices.
+      keep: directory, protocol and stop of `parts.collect`.
     Raises:
-      Interrupted: by SIGINT or SIGTERM, after the current batch.
+      NonFiniteError: samples that are not numbers.
+      Interrupted, RequestError: see `parts.collect`.
     """
+
+    def piece(start: int, length: int) -> dict[str, np.ndarray]:
+        # Padded with images that nobody asked for: one shape is one program.
+        drawn = jax.tree.map(to_host, sampler(params, jnp.arange(start, start + batch)))
+        bad = np.flatnonzero(~drawn.finite[:length])
+        if bad.size:
+            raise NonFiniteError(
+                f"{bad.size} of the samples {start}..{start + length - 1} are not finite, first "
+                f"number {start + bad[0]}: the network's output is not; try another checkpoint"
+            )
+        return {"images": drawn.images[:length], "outside": drawn.outside[:length]}
+
+    return collect(count, batch, piece, "image", say, **keep)
+
+
+def sampling_protocol(run: Run) -> dict[str, Any]:
+    """How `generate` draws a run's samples: JSON-able, all that the images depend on."""
     how, config = run.config.sample, run.config
-    steps = how.steps or config.diffusion.num_steps
-    eta = f"_eta{how.eta:g}" if how.method == "ddim" else ""
-    clip = "" if how.clip else "_unclipped"
-    name = f"step{run.step}_{how.method}{steps}{eta}{clip}_seed{config.seed}_{how.count}"
-    target = directory / f"{name}.npz"
-    if target.exists():
-        return target
-    parts = directory / f"{name}.parts"
-    protocol = {
+    return {
         "checkpoint": run.step,
-        "parameters": "ema",
+        "parameters": run.kind,
+        "parameters_crc32": fingerprint(run.params),
         **config.diffusion.to_dict(),
         "dtype": config.model.dtype,
         "sampler": how.method,
-        "steps": steps,
+        "steps": how.steps or config.diffusion.num_steps,
         "eta": how.eta,
         "clip": how.clip,
         "seed": config.seed,
         "count": how.count,
         "rounding": "nearest of 256 levels",
     }
-    _open_parts(parts, protocol)
-    sampler = compile_sampler(
-        run.layout, run.process, run.model, config, jax.tree.map(lambda x: x.sharding, run.params)
-    )
+
+
+def generate(run: Run, directory: epath.Path, say: Callable[[str], None]) -> epath.Path:
+    """Draws `config.sample.count` images of a run and saves them.
+
+    Writes `<directory>/<name>.npz` (uint8 "images" [count, height, width, channels], "outside", see
+    `Drawn`, and the JSON text "protocol" of how they were drawn) and grids `<name>_grid_….png`,
+    where the name tells checkpoint, sampler, steps, seed and count. Batches are kept in
+    `<name>.parts/` until all are there, so that the same call goes on where it was stopped. `say`
+    prints a line of progress.
+
+    Returns:
+      The path of the .npz.
+    Raises:
+      Interrupted: by SIGINT or SIGTERM, after the current batch.
+      NonFiniteError: samples that are not numbers; none of that batch are kept.
+      RequestError: samples of that name are there, and were drawn in another way.
+    """
+    how, config, protocol = run.config.sample, run.config, sampling_protocol(run)
+    eta = f"_eta{how.eta:g}" if how.method == "ddim" else ""
+    kind = ("" if run.kind == "ema" else f"_{run.kind}") + ("" if how.clip else "_unclipped")
+    sampler_name = f"{how.method}{protocol['steps']}{eta}{kind}"
+    target = directory / f"step{run.step}_{sampler_name}_seed{config.seed}_{how.count}.npz"
+    if target.exists():
+        _check_drawn_alike(target, protocol)
+        return target
+    parts = directory / f"{target.stem}.parts"
+    sampler = compile_sampler(run.layout, run.process, run.model, config, run.params_sharding)
     batch = padded_batch(min(how.batch_size, how.count), run.layout)
-    first_host = jax.process_index() == 0
-    progress = Progress(0, how.count, first_host, say, "image")
-    done = 0
-    with Watch() as watch:
-        for start, length in _missing(parts, how.count, batch):
-            if watch.asked():
-                progress.close()
-                raise Interrupted(f"the first {done} of {how.count} images are in {parts}")
-            # Padded with images that nobody asked for: one shape is one program.
-            images = to_host(sampler(run.params, jnp.arange(start, start + batch)))
-            if first_host:
-                _write_array(parts / f"{start:08d}_{length}.npy", images[:length])
-            done = start + length
-            progress.update(done)
-    progress.close()
-    if first_host:
-        images = np.concatenate([_read_array(path) for path in sorted(parts.glob("*.npy"))])
-        _save(target, images, protocol)
+    drawn = draw(sampler, run.params, how.count, batch, say, directory=parts, protocol=protocol)
+    if jax.process_index() == 0:
+        _save(target, drawn, protocol)
         parts.rmtree()
     return target
 
@@ -139,49 +182,22 @@ def load_images(path: epath.PathLike) -> tuple[np.ndarray, dict[str, Any]]:
         return saved["images"], json.loads(str(saved["protocol"]))
 
 
-def _missing(parts: epath.Path, count: int, batch: int) -> list[tuple[int, int]]:
-    """(first, length) of the batches still to draw, around the parts that are there."""
-    there = dict(tuple(map(int, path.stem.split("_"))) for path in parts.glob("*.npy"))
-    missing, start = [], 0
-    while start < count:
-        if start not in there:
-            end = min([start + batch, count, *(s for s in there if s > start)])
-            missing.append((start, end - start))
-            start = end
-        else:
-            start += there[start]
-    return missing
-
-
-def _open_parts(parts: epath.Path, protocol: dict[str, Any]) -> None:
-    """Makes the directory of parts, or checks that those in it were drawn in the same way."""
-    file = parts / "protocol.json"
-    if file.exists():
-        before = json.loads(file.read_text())
-        if before != protocol:
-            key = next(k for k in protocol if before.get(k) != protocol[k])
+def _check_drawn_alike(target: epath.Path, protocol: dict[str, Any]) -> None:
+    with target.open("rb") as file, np.load(file) as saved:
+        before = json.loads(str(saved["protocol"]))
+    for key, value in protocol.items():
+        if before.get(key) != value:
             raise RequestError(
-                f"{parts} was begun with {key}={before.get(key)}, not {protocol[key]}; "
-                "delete the directory to start again"
+                f"{target} holds samples drawn with {key}={before.get(key)}, not {value}; "
+                "move it away to draw them again"
             )
-    if jax.process_index() == 0:
-        files.replace(file, json.dumps(protocol))
 
 
-def _save(target: epath.Path, images: np.ndarray, protocol: dict[str, Any]) -> None:
+def _save(target: epath.Path, drawn: dict[str, np.ndarray], protocol: dict[str, Any]) -> None:
+    images = drawn["images"]
     for start in range(0, min(len(images), 4 * GRID_IMAGES), GRID_IMAGES):
         picture = figures.grid(images[start : start + GRID_IMAGES])
         figures.save_png(target.parent / f"{target.stem}_grid_{start:05d}.png", picture)
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, images=images, protocol=json.dumps(protocol))
+    np.savez_compressed(buffer, **drawn, protocol=json.dumps(protocol))
     files.replace(target, buffer.getvalue())
-
-
-def _write_array(path: epath.Path, array: np.ndarray) -> None:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    files.replace(path, buffer.getvalue())
-
-
-def _read_array(path: epath.Path) -> np.ndarray:
-    return np.load(io.BytesIO(path.read_bytes()))

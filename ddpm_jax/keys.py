@@ -19,6 +19,7 @@ PURPOSES = {
     "flip": 4,  # Mirrored training images.
     "sample": 5,  # One key a sample: x_T and the noise of every reverse step.
     "bound": 6,  # One key an image: the x_t at which the bound's terms are evaluated.
+    "bound_times": 7,  # One key an image: the t at which a part of the terms is evaluated.
 }
 
 
@@ -40,9 +41,15 @@ def example_keys(
 
 
 def normal(keys: jax.Array, position: int | jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal noise float32 [n, *shape], row i drawn from keys[i] at `position`."""
+    """Standard normal noise float32 [n, *shape], row i drawn from keys[i] at `position`.
 
-    def draw(key: jax.Array) -> jax.Array:
-        return jax.random.normal(jax.random.fold_in(key, position), shape, dtype=jnp.float32)
+    Args:
+      keys: [n].
+      position: one for all rows, or [n].
+      shape: of a row.
+    """
 
-    return jax.vmap(draw)(keys)
+    def draw(key: jax.Array, place: jax.Array) -> jax.Array:
+        return jax.random.normal(jax.random.fold_in(key, place), shape, dtype=jnp.float32)
+
+    return jax.vmap(draw)(keys, jnp.broadcast_to(position, keys.shape))

@@ -165,11 +165,38 @@ def vlb_terms(
       keys: [batch], one an image, as from `keys.example_keys(seed, "bound", …)`.
       clip: whether x̂_0 is clipped.
     """
+    times = jnp.arange(1, process.schedule.num_steps + 1)
+    at_times = vlb_terms_at(
+        process, denoiser, x0, keys, jnp.broadcast_to(times, (len(x0), len(times))), clip
+    )
+    none = jnp.zeros((len(x0), 1))
+    return BoundTerms(
+        terms=jnp.concatenate([at_times.terms, prior_term(process.schedule, x0)[:, None]], axis=1),
+        x0_mse=jnp.concatenate([none, at_times.x0_mse], axis=1),
+        eps_mse=jnp.concatenate([none, at_times.eps_mse], axis=1),
+    )
+
+
+def vlb_terms_at(
+    process: Process,
+    denoiser: Denoiser,
+    x0: jax.Array,
+    keys: jax.Array,
+    times: jax.Array,
+    clip: bool = True,
+) -> BoundTerms:
+    """The terms L_{t−1} at chosen times, equal to those that `vlb_terms` gives at the same keys.
+
+    Args:
+      times: integer [batch, k], in 1..T, of each image's own choice.
+      others: as for `vlb_terms`.
+    Returns:
+      float32 [batch, k] each, in the order of `times`; without the prior's term.
+    """
     schedule = process.schedule
 
-    def term(_, step):
-        t = jnp.full(x0.shape[:1], step)
-        noise = keys_lib.normal(keys, step, x0.shape[1:])
+    def term(_, t):
+        noise = keys_lib.normal(keys, t, x0.shape[1:])
         x_t = q_sample(schedule, x0, t, noise)
         output = denoiser(x_t, schedule.timesteps[t])
         _, x0_hat = p_distribution(process, output, x_t, t, clip)
@@ -177,14 +204,8 @@ def vlb_terms(
         errors = _mean((x0_hat - x0) ** 2), _mean((eps_hat - noise) ** 2)
         return None, (vlb_term(process, output, x0, x_t, t, clip), *errors)
 
-    steps = jnp.arange(1, schedule.num_steps + 1)
-    _, (terms, x0_mse, eps_mse) = jax.lax.scan(term, None, steps)
-    none = jnp.zeros_like(terms[:1])
-    return BoundTerms(
-        terms=jnp.concatenate([terms, prior_term(schedule, x0)[None]]).T,
-        x0_mse=jnp.concatenate([none, x0_mse]).T,
-        eps_mse=jnp.concatenate([none, eps_mse]).T,
-    )
+    _, at_times = jax.lax.scan(term, None, times.T)
+    return BoundTerms(*(column.T for column in at_times))
 
 
 def bits_per_dim(nats: jax.Array) -> jax.Array:

@@ -4,13 +4,16 @@ config.json     the resolved config
 checkpoints/    one directory a checkpoint, named after the updates done
 metrics.jsonl   a JSON object a line
 events.…        the same for TensorBoard
+best/           the checkpoint with the best result, where train.keep_best names one
 samples/        picture grids, and the outcome of --mode=sample
+evaluation/     results with their protocols, one JSON file each, and the arrays behind them
 figures/        plots
 """
 
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +25,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax import files
 from ddpm_jax.diffusion import Process
 from ddpm_jax.models import UNet
-from ddpm_jax.parallel import Layout, make_layout
+from ddpm_jax.parallel import Layout, make_layout, to_host
 from ddpm_jax.training.checkpoints import Checkpoints
 from ddpm_jax.training.state import init_state, make_optimizer
 
@@ -32,11 +35,14 @@ HARMLESS = (
     "train.log_every",
     "train.checkpoint_every",
     "train.sample_every",
+    "train.evaluate_every",
     "train.keep_checkpoints",
+    "train.keep_best",
     "data.data_dir",
     "data.cache_dir",
     "data.resident_bytes",
     "sample",
+    "evaluation",
     "parallel",
 )
 # What may differ when a trained model is used: nothing that says what it is a model of.
@@ -78,6 +84,11 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def best(self) -> epath.Path:
+        """The directory of the best checkpoint."""
+        return self.path / "best"
+
+    @property
     def metrics(self) -> epath.Path:
         """metrics.jsonl."""
         return self.path / "metrics.jsonl"
@@ -86,6 +97,11 @@ class RunDirectory:
     def samples(self) -> epath.Path:
         """The directory of sampled images."""
         return self.path / "samples"
+
+    @property
+    def evaluation(self) -> epath.Path:
+        """The directory of results."""
+        return self.path / "evaluation"
 
     @property
     def figures(self) -> epath.Path:
@@ -174,7 +190,9 @@ def image_shape(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
 class Run:
     """A trained model, ready for use: `model.apply({"params": params}, x_t, t)`.
 
-    step: the updates its parameters have had.
+    Attributes:
+      kind: "ema" or "raw", which parameters these are.
+      rule: what chose the checkpoint: "newest", "step" or "best by <result>".
     """
 
     config: ml_collections.ConfigDict
@@ -183,6 +201,17 @@ class Run:
     params: Any
     step: int
     layout: Layout
+    kind: str = "ema"
+    rule: str = "newest"
+
+    def apply(self, params: Any, x_t: jax.Array, t: jax.Array) -> jax.Array:
+        """The network's output at parameters of this shape."""
+        return self.model.apply({"params": params}, x_t, t)
+
+    @property
+    def params_sharding(self) -> Any:
+        """How the parameters lie."""
+        return jax.tree.map(lambda x: x.sharding, self.params)
 
 
 def load(
@@ -190,6 +219,7 @@ def load(
     step: int | None = None,
     ema: bool = True,
     config: ml_collections.ConfigDict | None = None,
+    best: bool = False,
 ) -> Run:
     """The model of a run, from its newest whole checkpoint.
 
@@ -198,6 +228,7 @@ def load(
       step: the checkpoint wanted, instead of the newest.
       ema: the parameters' moving average, as in the paper, or the parameters themselves.
       config: instead of the run's own, where it differs in what `FOR_USE` names.
+      best: the checkpoint with the best result (see `train.keep_best`), instead of the newest.
     Raises:
       RequestError: no run or no checkpoint there, or a config of another model.
       CheckpointError: the step does not exist, or all checkpoints are damaged.
@@ -215,14 +246,30 @@ def load(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.replicated),
         {field: getattr(abstract, field)},
     )
-    if not directory.checkpoints.exists():
-        raise config_lib.RequestError(f"--workdir={workdir}: the run has no checkpoint yet")
-    checkpoints = Checkpoints(directory.checkpoints)
+    where = directory.best if best else directory.checkpoints
+    if not where.exists():
+        hint = "; train with train.keep_best for one" if best else ""
+        what = "best checkpoint" if best else "checkpoint yet"
+        raise config_lib.RequestError(f"--workdir={workdir}: the run has no {what}{hint}")
+    checkpoints = Checkpoints(where)
     try:
         found = checkpoints.restore(wanted, step)
     finally:
         checkpoints.close()
     if found is None:
         raise config_lib.RequestError(f"--workdir={workdir}: the run has no checkpoint yet")
-    state, at_step, _ = found
-    return Run(config, config_lib.make_process(config), model, state[field], at_step, layout)
+    state, at_step, notes = found
+    rule = f"best by {notes['result']}" if best else "newest" if step is None else "step"
+    kind = "ema" if ema else "raw"
+    process = config_lib.make_process(config)
+    return Run(config, process, model, state[field], at_step, layout, kind, rule)
+
+
+def fingerprint(params: Any) -> str:
+    """CRC-32 of all leaves of the parameters, in the order of their names, as hexadecimal."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    ordered = sorted(leaves, key=lambda leaf: jax.tree_util.keystr(leaf[0]))
+    crc = 0
+    for _, leaf in ordered:
+        crc = zlib.crc32(to_host(leaf).tobytes(), crc)
+    return f"{crc:08x}"

@@ -1,15 +1,23 @@
 """Samples by index: image k is the same whatever else is drawn, and sampling goes on."""
 
+import copy
+import dataclasses
 import json
 import shutil
+import signal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 from runs_for_tests import arguments, start, train
 
-from ddpm_jax import figures, generation, runs
+from ddpm_jax import figures, files, generation, keys, parts, runs, sampling
+from ddpm_jax.config import RequestError
 from ddpm_jax.main import main
+from ddpm_jax.training.metrics import NonFiniteError
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +43,7 @@ def test_samples_are_saved_with_their_protocol(run_directory):
     assert protocol == {
         "checkpoint": 10,
         "parameters": "ema",
+        "parameters_crc32": runs.fingerprint(runs.load(run_directory).params),
         "schedule": "linear",
         "num_steps": 20,
         "beta_start": 1e-4,
@@ -71,30 +80,75 @@ def test_interrupted_sampling_goes_on_to_the_bit(run_directory, tmp_path, monkey
     whole, _, path = draw(workdir, count=11)
     path.unlink()
     written = []
-    original = generation._write_array
+    original = files.replace
 
-    def interrupting(path, array):
-        original(path, array)
-        written.append(path)
-        if len(written) == 1:
-            import signal
+    def interrupting(path, content):
+        original(path, content)
+        if path.parent.suffix == ".parts" and path.suffix == ".npz":
+            written.append(path)
+            if len(written) == 1:
+                signal.raise_signal(signal.SIGTERM)
 
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(generation, "_write_array", interrupting)
+    monkeypatch.setattr(files, "replace", interrupting)
     flags = ["--config.sample.count=11", "--config.sample.batch_size=4"]
     assert main([f"--workdir={workdir}", "--mode=sample", *flags]) == 75
-    assert "the first 4 of 11 images" in capsys.readouterr().err
+    assert "4 of 11 images are in" in capsys.readouterr().err
     again, _, path = draw(workdir, count=11)
     np.testing.assert_array_equal(again, whole)
     assert [part.stem for part in written] == ["00000000_4", "00000004_4", "00000008_3"]
 
 
-def test_missing_batches_are_found_around_parts_of_any_length(tmp_path):
-    for name in ("00000000_4", "00000007_2"):
-        (tmp_path / f"{name}.npy").touch()
-    assert generation._missing(tmp_path, 12, 5) == [(4, 3), (9, 3)]
-    assert generation._missing(tmp_path, 9, 2) == [(4, 2), (6, 1)]
+def test_pieces_are_computed_around_those_of_any_length():
+    there = {0: 4, 7: 2}
+    assert parts.missing(there, 12, 5) == [(4, 3), (9, 3)]
+    assert parts.missing(there, 9, 2) == [(4, 2), (6, 1)]
+
+
+def test_a_damaged_piece_is_named(tmp_path):
+    one = {"x": np.arange(3)}
+    kept = {"directory": epath.Path(tmp_path), "protocol": {"a": 1}}
+    parts.collect(3, 3, lambda start, length: one, "image", print, **kept)
+    (piece,) = tmp_path.glob("*.npz")
+    piece.write_bytes(piece.read_bytes()[:-30])
+    with pytest.raises(RequestError, match=f"{piece.name} cannot be read.*delete it"):
+        parts.collect(6, 3, lambda start, length: one, "image", print, **kept)
+
+
+def test_samples_that_are_not_numbers_are_refused(run_directory):
+    run = runs.load(run_directory)
+    broken = jax.tree.map(lambda x: x * np.float32("nan"), run.params)
+    sampler = generation.compile_sampler(
+        run.layout, run.process, run.model, run.config, run.params_sharding
+    )
+    assert generation.draw(sampler, run.params, 3, 4, print)["images"].shape == (3, 8, 8, 1)
+    with pytest.raises(NonFiniteError, match=r"3 of the samples 0\.\.2 are not finite"):
+        generation.draw(sampler, broken, 3, 4, print)
+
+
+def test_the_share_outside_is_that_beyond_half_a_level(run_directory):
+    run = runs.load(run_directory)
+    config = copy.deepcopy(run.config)
+    config.sample.clip = False
+    args = run.layout, run.process, run.model, config, run.params_sharding
+    drawn = generation.compile_sampler(*args)(run.params, jnp.arange(4))
+    noise_keys = keys.example_keys(config.seed, "sample", 0, jnp.arange(4))
+    x0 = sampling.sample(
+        run.process, lambda x, t: run.apply(run.params, x, t), (8, 8, 1), noise_keys, clip=False
+    )
+    beyond = np.abs(np.asarray(x0, np.float64)) > 1 + 1 / 255
+    np.testing.assert_allclose(drawn.outside, beyond.mean(axis=(1, 2, 3)), atol=1.5 / 64)
+    assert 0 < float(drawn.outside.mean()) < 1
+
+
+def test_samples_of_other_parameters_under_the_same_name_are_refused(run_directory, tmp_path):
+    workdir = shutil.copytree(run_directory, tmp_path / "run")
+    run = runs.load(workdir)
+    directory = runs.RunDirectory.of(workdir).samples
+    path = generation.generate(run, directory, print)
+    assert generation.generate(run, directory, print) == path
+    other = dataclasses.replace(run, params=jax.tree.map(lambda x: x + 1, run.params))
+    with pytest.raises(RequestError, match="drawn with parameters_crc32="):
+        generation.generate(other, directory, print)
 
 
 def test_a_config_of_another_model_is_refused(run_directory, capsys):

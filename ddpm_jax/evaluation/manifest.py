@@ -1,0 +1,144 @@
+"""A number with its protocol: what was measured, on what, how, and with what error.
+
+A manifest is one JSON file. `protocol` is what must be equal for two numbers to stand beside each
+other (data, split, n, features, sampler, steps, clip, which parameters, what chose the checkpoint);
+`estimator` how the same quantity was estimated (seed, draws); `subject` whose number it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+import jax
+from etils import epath
+
+from ddpm_jax import files
+
+PACKAGES = ("ddpm_jax", "jax", "jaxlib", "flax", "numpy")
+
+
+class Measured(float):
+    """A number that knows its error: a float with what belongs to it.
+
+    Attributes:
+      standard_error: in the number's unit; None where it is unknown.
+      unit: e.g. "bits/dim"; "" for a pure number.
+      better: "lower", "higher", or "" where neither is.
+      protocol, estimator: see the module; JSON-able.
+      details: further numbers by name.
+    """
+
+    standard_error: float | None
+    unit: str
+    better: str
+    protocol: dict[str, Any]
+    estimator: dict[str, Any]
+    details: dict[str, Any]
+
+    def __new__(
+        cls,
+        value: float,
+        standard_error: float | None = None,
+        unit: str = "",
+        better: str = "",
+        protocol: dict[str, Any] | None = None,
+        estimator: dict[str, Any] | None = None,
+        details: dict[str, Any] | None = None,
+    ) -> Measured:
+        measured = super().__new__(cls, value)
+        measured.standard_error, measured.unit, measured.better = standard_error, unit, better
+        measured.protocol, measured.estimator = protocol or {}, estimator or {}
+        measured.details = details or {}
+        return measured
+
+    def text(self) -> str:
+        """The number to the digits that its error leaves it, e.g. "4.480 ± 0.021 bits/dim"."""
+        error = self.standard_error
+        if not error:
+            shown = f"{float(self):.6g}"
+        else:
+            digits = max(0, 1 - int(f"{error:e}".partition("e")[2]))
+            shown = f"{float(self):.{digits}f} ± {error:.{digits}f}"
+        return f"{shown} {self.unit}".rstrip()
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """A saved result. `subject`: the run's name, config, checkpoint and parameters' checksum."""
+
+    name: str
+    measured: Measured
+    subject: dict[str, Any]
+    provenance: dict[str, Any]
+
+
+def file_name(
+    step: int, name: str, asked: dict[str, Any], estimator: dict[str, Any], checksum: str
+) -> str:
+    """The file of a result: the same request of the same parameters has the same."""
+    text = json.dumps([asked, estimator, checksum], sort_keys=True)
+    return f"step{step}_{name}_{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
+
+
+def provenance(seconds: float) -> dict[str, Any]:
+    """Versions, devices, seconds and time of a measurement that ends now."""
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    return {
+        "versions": versions | {"python": platform.python_version()},
+        "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
+        "hosts": jax.process_count(),
+        "seconds": round(seconds, 1),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def save(path: epath.Path, manifest: Manifest) -> None:
+    """Writes a manifest, whole or not at all."""
+    m = manifest.measured
+    content = {
+        "name": manifest.name,
+        "value": float(m),
+        "standard_error": m.standard_error,
+        "unit": m.unit,
+        "better": m.better,
+        "protocol": m.protocol,
+        "estimator": m.estimator,
+        "details": m.details,
+        "subject": manifest.subject,
+        "provenance": manifest.provenance,
+    }
+    files.replace(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def load(path: epath.PathLike) -> Manifest:
+    """The manifest in a file.
+
+    Raises:
+      ValueError: it is not one.
+    """
+    path = epath.Path(path)
+    try:
+        content = json.loads(path.read_text())
+        fields = ("standard_error", "unit", "better", "protocol", "estimator", "details")
+        measured = Measured(content["value"], *(content[field] for field in fields))
+        return Manifest(content["name"], measured, content["subject"], content["provenance"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a result's manifest: {error!r}") from error
+
+
+def differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{dotted key: (value, other value)} of what differs; None stands for what is missing."""
+    found = {}
+    for key in sorted({*one, *other}):
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found[prefix + key] = (a, b)
+    return found
