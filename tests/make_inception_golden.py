@@ -54,17 +54,21 @@ def import_torch_fidelity():
     return feature_extractor_inceptionv3, interpolate_compat_tensorflow
 
 
-def their_network(state=None):
-    """torch-fidelity's network with these weights, or its own initial ones."""
+def their_network():
+    """torch-fidelity's network, with weights yet to be loaded."""
     import torch
 
     module, _ = import_torch_fidelity()
     nothing = mock.patch.object(torch.nn.Module, "load_state_dict", lambda *args, **kwargs: None)
     with nothing, mock.patch.object(torch, "load", lambda *args, **kwargs: {}):
-        network = module.FeatureExtractorInceptionV3("inception", list(POINTS), "unread.pth")
-    if state is not None:
-        network.load_state_dict({k: torch.tensor(v) for k, v in state.items()}, strict=False)
-    return network
+        return module.FeatureExtractorInceptionV3("inception", list(POINTS), "unread.pth")
+
+
+def load(network, state):
+    """Gives the network these weights."""
+    import torch
+
+    network.load_state_dict({k: torch.tensor(v) for k, v in state.items()}, strict=False)
 
 
 def shapes_of(network):
@@ -89,8 +93,9 @@ def main():
     """Writes the file."""
     import torch
 
-    shapes = shapes_of(their_network())
-    network = their_network(seeded_state(shapes))
+    network = their_network()
+    shapes = shapes_of(network)
+    load(network, seeded_state(shapes))
     outputs = [run(network, images) for images in inputs()]
     FILE.parent.mkdir(exist_ok=True)
     np.savez_compressed(

@@ -10,6 +10,7 @@ so give other scores.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -254,6 +255,7 @@ class Classes(nn.Module):
         return {"logits_unbiased": unbiased, "logits": unbiased + bias}
 
 
+@functools.cache
 def parameter_shapes(with_logits: bool = True) -> dict[str, tuple[int, ...]]:
     """ "module/…/leaf" -> shape of all the network's parameters."""
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.uint8)

@@ -11,12 +11,12 @@ import hashlib
 import io
 import json
 import logging
-import pickle
 import struct
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from pickle import Unpickler, UnpicklingError
 from typing import Any, BinaryIO, NamedTuple
+from zipfile import BadZipFile, ZipFile
 
 import flax
 import numpy as np
@@ -109,7 +109,8 @@ def load_inception(
             f"config.evaluation.weights: {source} cannot be used: {error}"
         ) from error
     _save_converted(converted, state, sha256, entry)
-    return _loaded(state, sha256, entry.names[0], entry.has_logits)
+    params = flax.traverse_util.unflatten_dict(state, sep="/")
+    return LoadedWeights(params, sha256, entry.names[0], entry.has_logits)
 
 
 def _find(place: epath.Path, accepted: tuple[Accepted, ...]) -> epath.Path | None:
@@ -178,8 +179,9 @@ def _load_converted(path: epath.Path) -> LoadedWeights | None:
         has_logits = json.loads(metadata["has_logits"])
         whole = metadata["tensors_sha256"] == _digest(state)
         inception.check_shapes(state, has_logits)
-        loaded = _loaded(state, metadata["source_sha256"], metadata["source"], has_logits)
-        return loaded if whole else None
+        params = flax.traverse_util.unflatten_dict(state, sep="/")
+        sha256, name = metadata["source_sha256"], metadata["source"]
+        return LoadedWeights(params, sha256, name, has_logits) if whole else None
     except (OSError, SafetensorError, ValueError, KeyError):
         return None
 
@@ -192,15 +194,10 @@ def _digest(state: State) -> str:
     return digest.hexdigest()
 
 
-def _loaded(state: State, sha256: str, file_name: str, has_logits: bool) -> LoadedWeights:
-    params = flax.traverse_util.unflatten_dict(state, sep="/")
-    return LoadedWeights(params, sha256, file_name, has_logits)
-
-
 # The readers.
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(Unpickler):
     """Knows the given classes and functions, and refuses all others."""
 
     def __init__(self, file: BinaryIO, known: Mapping[str, Any]):
@@ -240,6 +237,9 @@ _TORCH = {
 }
 
 
+_BROKEN = (AttributeError, EOFError, KeyError, UnpicklingError, struct.error, BadZipFile)
+
+
 def read_torch(data: bytes) -> dict[str, np.ndarray]:
     """name -> array of a state dict that `torch.save` wrote, in its zip format or the older one.
 
@@ -249,12 +249,12 @@ def read_torch(data: bytes) -> dict[str, np.ndarray]:
     try:
         tree, storages = _torch_zip(data) if data[:2] == b"PK" else _torch_legacy(data)
         return {name: _torch_array(tensor, storages) for name, tensor in tree.items()}
-    except (AttributeError, EOFError, KeyError, pickle.UnpicklingError, struct.error) as error:
+    except _BROKEN as error:
         raise ValueError("it is not a whole file of PyTorch tensors") from error
 
 
 def _torch_zip(data: bytes) -> tuple[Any, dict[str, bytes]]:
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+    with ZipFile(io.BytesIO(data)) as archive:
         contents = {name.split("/", 1)[1]: archive.read(name) for name in archive.namelist()}
     if contents.get("byteorder", b"little") != b"little":
         raise ValueError("it was written on a big-endian machine")
@@ -277,9 +277,12 @@ def _torch_legacy(data: bytes) -> tuple[Any, dict[str, bytes]]:
 
 def _torch_array(tensor: _Tensor, storages: Mapping[str, bytes]) -> np.ndarray:
     storage, offset, shape, strides = tensor
-    flat = np.frombuffer(storages[storage.key], storage.dtype)
+    buffer = storages[storage.key]
+    if len(buffer) != storage.count * storage.dtype.itemsize:
+        raise ValueError("a tensor's storage is not whole")
+    flat = np.frombuffer(buffer, storage.dtype)
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-    if min(offset, 0, *strides) < 0 or not last < len(flat) == storage.count:
+    if min(offset, 0, *strides) < 0 or last >= len(flat):
         raise ValueError("a tensor reaches beyond its storage")
     strides = [stride * flat.itemsize for stride in strides]
     return np.lib.stride_tricks.as_strided(flat[offset:], shape, strides, writeable=False)
@@ -366,8 +369,8 @@ def read_pickle(data: bytes) -> dict[str, Any]:
       ValueError: it holds anything else.
     """
     tree = _Unpickler(io.BytesIO(data), _NUMPY).load()
-    flat = flax.traverse_util.flatten_dict(tree) if isinstance(tree, dict) else {(): tree}
-    if not all(type(array) is np.ndarray and array.dtype == np.float32 for array in flat.values()):
+    arrays = flax.traverse_util.flatten_dict(tree).values() if isinstance(tree, dict) else [None]
+    if not all(isinstance(a, np.ndarray) and a.dtype == np.float32 for a in arrays):
         raise ValueError("it is not nested dicts of float32 arrays")
     return tree
 
