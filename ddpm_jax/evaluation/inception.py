@@ -137,32 +137,35 @@ def tf1_resize(images: jax.Array, size: int = SIZE) -> jax.Array:
 class ConvNorm(nn.Module):
     """A convolution without bias, then batch normalization by stored statistics.
 
-    Float32 throughout: accelerators would round the factors of a product by default.
+    The products are float32, whose factors accelerators would round by default.
     """
 
     width: int
     kernel: tuple[int, int] = (1, 1)
     stride: int = 1
     padding: str = "SAME"
-    groups: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (*self.kernel, x.shape[-1] // self.groups, self.width)
+        shape = (*self.kernel, x.shape[-1], self.width)
         kernel = self.param("kernel", nn.initializers.he_normal(), shape)
-        ones, zeros = nn.initializers.ones, nn.initializers.zeros
-        scale, bias = self.param("scale", ones, shape[-1:]), self.param("bias", zeros, shape[-1:])
-        mean, var = self.param("mean", zeros, shape[-1:]), self.param("var", ones, shape[-1:])
         x = lax.conv_general_dilated(
             x,
             kernel,
             (self.stride, self.stride),
             self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=self.groups,
             precision=lax.Precision.HIGHEST,
         )
-        return (x - mean) * (scale * lax.rsqrt(var + BATCH_NORM_EPSILON)) + bias
+        return batch_norm(self, x)
+
+
+def batch_norm(module: nn.Module, x: jax.Array) -> jax.Array:
+    """Batch normalization by stored statistics, whose four parameters join the module's."""
+    shape, ones, zeros = x.shape[-1:], nn.initializers.ones, nn.initializers.zeros
+    scale, bias = module.param("scale", ones, shape), module.param("bias", zeros, shape)
+    mean, var = module.param("mean", zeros, shape), module.param("var", ones, shape)
+    return (x - mean) * (scale * lax.rsqrt(var + BATCH_NORM_EPSILON)) + bias
 
 
 class InceptionBlock(nn.Module):
@@ -281,7 +284,7 @@ def check_shapes(params: Mapping[str, np.ndarray], with_logits: bool = True) -> 
 
 # From the names in each file of weights to ours.
 
-_BATCH_NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
+BATCH_NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
 
 
 def from_torch_state(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -294,7 +297,7 @@ def from_torch_state(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         if layer == "conv" and leaf == "weight":
             leaf, array = "kernel", array.transpose(2, 3, 1, 0)
         elif layer == "bn":
-            leaf = _BATCH_NORM.get(leaf, leaf)
+            leaf = BATCH_NORM.get(leaf, leaf)
         else:  # The classes.
             module = [*module, layer]
             if leaf == "weight":
