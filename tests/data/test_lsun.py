@@ -1,7 +1,6 @@
 """LSUN's files against LMDBs made here: preparation, order of the keys, and whatever is wrong."""
 
 import io
-import itertools
 import logging
 import os
 import pathlib
@@ -268,15 +267,22 @@ def test_another_file_in_the_same_place_is_listed_anew(church, listings):
     config.data.channels = 3
     assert open_source(config).key == first.key and len(listings) == 1
     del first
+    stat = os.stat(path / "data.mdb")
     (path / "data.mdb").unlink()
     path.rmdir()
-    make(path, dict(itertools.islice(flat(20).items(), 1, None)))
+    make(path, flat(40))
+    os.utime(path / "data.mdb", ns=(stat.st_mtime_ns, stat.st_mtime_ns))  # Of the same age.
     second = open_source(config)
-    assert len(second) == 19 and len(listings) == 2
+    assert len(second) == 40 and len(listings) == 2
     keys.add(second.key)
     del second
+    content = (path / "data.mdb").read_bytes()
+    (path / "data.mdb").unlink()
+    (path / "data.mdb").write_bytes(content.replace(b"ffff", b"eeee"))  # Of the same size.
     os.utime(path / "data.mdb", ns=(10**18, 10**18))
-    keys.add(open_source(config).key)
+    third = open_source(config)
+    assert sorted(everything(third)[:, 0, 0, 0]) == list(range(40)) and len(listings) == 3
+    keys.add(third.key)
     assert len(keys) == 5
 
 
