@@ -50,7 +50,7 @@ def open_folder(data: ml_collections.ConfigDict, split: str) -> RecordSource:
 
     def read(position: int) -> tuple[np.ndarray]:
         with Image.open(root / files[position]) as image:
-            return (pixels(ImageOps.exif_transpose(image), data.image_size, data.channels),)
+            return (pixels(ImageOps.exif_transpose(image), *shape[1:]),)
 
     stats = [(name, os.stat(root / name)) for name in files]
     return RecordSource(

@@ -66,16 +66,18 @@ def open_lsun(data: ml_collections.ConfigDict, split: str) -> RecordSource:
             "category, and name it with --config.data.data_dir=PATH"
         )
 
+    shape = (data.image_size, data.image_size, data.channels)
+
     def read(position: int) -> tuple[np.ndarray]:
         with database.environment.begin() as transaction:
             file = io.BytesIO(transaction.get(database.key(position)))
         with Image.open(file) as image:
-            return (pixels(ImageOps.exif_transpose(image), data.image_size, data.channels),)
+            return (pixels(ImageOps.exif_transpose(image), *shape[1:]),)
 
     return RecordSource(
         data.name,
         split,
-        (data.image_size, data.image_size, data.channels),
+        shape,
         len(database.keys),
         read,
         lambda position: f"record {database.key(position).decode(errors='replace')} of {path}",

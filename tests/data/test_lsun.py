@@ -264,6 +264,7 @@ def test_another_file_in_the_same_place_is_listed_anew(church, listings):
     keys.add(open_source(config).key)
     config.data.update(image_size=8, channels=1)
     keys.add(open_source(config).key)
+    assert everything(first).shape == (20, 8, 8, 3)  # As it was opened.
     config.data.channels = 3
     assert open_source(config).key == first.key and len(listings) == 1
     del first
