@@ -24,7 +24,7 @@ def seeded_state(shapes):
             array = rng.standard_normal(shape, np.float32) * np.sqrt(2 / np.prod(shape[1:]))
         elif len(shape) == 2:
             array = rng.standard_normal(shape, np.float32) / np.sqrt(shape[1])
-        elif name.endswith(("bn.weight", "running_var")):
+        elif name.endswith((".weight", ".running_var")):
             array = rng.uniform(0.5, 1.5, shape)
         else:
             array = rng.normal(0, 0.2, shape)

@@ -39,6 +39,12 @@ STAGES = (  # repeats, kernel, stride of the first, expansion, width
 )
 
 
+def resize(images: jax.Array, size: int) -> jax.Array:
+    """Bilinear, half-pixel centres, antialiased where it reduces: float32 [n, size, size, c]."""
+    shape = (images.shape[0], size, size, images.shape[-1])
+    return jax.image.resize(images.astype(jnp.float32), shape, "bilinear", antialias=True)
+
+
 def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """Each channel of x [n, h, w, c] by its own kernel [k, k, 1, c], padded as TensorFlow's SAME.
 
@@ -90,8 +96,7 @@ class Bottleneck(nn.Module):
 class EfficientNetLite0(nn.Module):
     """The network. All of its parameters, statistics included, are in the collection `params`.
 
-    size: to which images are resized, by cubic interpolation (a = −0.5) with half-pixel centres,
-      antialiased where it reduces. It was trained at 224.
+    size: to which images are resized. It was trained at 224.
     """
 
     size: int
@@ -109,9 +114,7 @@ class EfficientNetLite0(nn.Module):
         """
         if images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"images [n, h, w, 3] are needed, not {list(images.shape)}")
-        shape = (images.shape[0], self.size, self.size, 3)
-        x = jax.image.resize(images.astype(jnp.float32), shape, "cubic", antialias=True)
-        x = (x - 127) / 128
+        x = (resize(images, self.size) - 127) / 128
         x = nn.relu6(ConvNorm(32, (3, 3), 2, name="stem")(x))
         count = 0
         for repeats, kernel_size, stride, expansion, width in STAGES:
