@@ -82,9 +82,10 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     """|μ1 − μ2|² + tr Σ1 + tr Σ2 − 2 tr √(Σ1 Σ2), at least 0; singular covariances are welcome.
 
     Raises:
-      ValueError: the statistics are of different dimensions.
+      ValueError: the statistics are of different dimensions, or not finite.
     """
-    _check(a, len(b.mean))
+    for statistics in (a, b):
+        _check(statistics, len(b.mean))
     return _distance(_Gaussian.of(a), _Gaussian.of(b))
 
 

@@ -128,5 +128,7 @@ def _u_statistic_error(row_sums: np.ndarray, squares: float) -> float | None:
     two = squares / (n * (n - 1))
     one = chained / (n * (n - 1) * (n - 2))
     none = apart / (n * (n - 1) * (n - 2) * (n - 3))
-    first, second = max(one - none, 0.0), max(two - none, 0.0)
-    return math.sqrt((4 * (n - 2) * first + 2 * second) / (n * (n - 1)))
+    first, second = one - none, max(two - none, 0.0)
+    # The first is never below 0 but its estimate may be. To cut it there would add a bias; half
+    # the least variance possible guards against nonsense.
+    return math.sqrt(max(4 * (n - 2) * first + 2 * second, second) / (n * (n - 1)))
