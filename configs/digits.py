@@ -39,4 +39,9 @@ def get_config(variants: str = "") -> ml_collections.ConfigDict:
         checkpoint_every=650,
         sample_every=1300,
     )
+    config.evaluation.update(
+        metrics=("bits_per_dim", "fd_pixels", "kd_pixels", "nearest_pixels"),
+        split=("test", "train"),
+        count=1000,
+    )
     return apply_variants(config, variants)

@@ -43,10 +43,14 @@ class Field:
 FIELDS: dict[str, Field] = {
     "seed": Field(0, "seed of everything random", low=0, high=2**31 - 1),
     # Data.
-    "data.name": Field("cifar10", "digits, folder, or the name of a TFDS image set"),
+    "data.name": Field(
+        "cifar10", "digits, folder, lsun_lmdb/CATEGORY, or the name of a TFDS image set"
+    ),
     "data.split": Field("train", "the split to train on"),
-    "data.data_dir": Field("", "TFDS data_dir, or the folder of images"),
-    "data.cache_dir": Field("~/.cache/ddpm_jax/data", "where decoded images are kept"),
+    "data.data_dir": Field("", "TFDS data_dir, the folder of images, or of LSUN's LMDBs"),
+    "data.cache_dir": Field(
+        "~/.cache/ddpm_jax/data", "where decoded images and lists of keys are kept"
+    ),
     "data.image_size": Field(32, "height and width in pixels", low=1),
     "data.channels": Field(3, "1 for grey, 3 for RGB", low=1),
     "data.flip": Field(True, "mirror each training image left to right with probability 1/2"),

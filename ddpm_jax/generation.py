@@ -142,14 +142,24 @@ def sampling_protocol(run: Run) -> dict[str, Any]:
     }
 
 
-def generate(run: Run, directory: epath.Path, say: Callable[[str], None]) -> epath.Path:
+def generate(
+    run: Run,
+    directory: epath.Path,
+    say: Callable[[str], None],
+    sampler: Callable[[Any, jax.Array], Drawn] | None = None,
+) -> epath.Path:
     """Draws `config.sample.count` images of a run and saves them.
 
     Writes `<directory>/<name>.npz` (uint8 "images" [count, height, width, channels], "outside", see
     `Drawn`, and the JSON text "protocol" of how they were drawn) and grids `<name>_grid_….png`,
     where the name tells checkpoint, sampler, steps, seed and count. Batches are kept in
-    `<name>.parts/` until all are there, so that the same call goes on where it was stopped. `say`
-    prints a line of progress.
+    `<name>.parts/` until all are there, so that the same call goes on where it was stopped.
+
+    Args:
+      run: its config says how.
+      directory: where all is written.
+      say: prints a line of progress.
+      sampler: as from `compile_sampler` for the run, if there is one.
 
     Returns:
       The path of the .npz.
@@ -167,7 +177,8 @@ def generate(run: Run, directory: epath.Path, say: Callable[[str], None]) -> epa
         _check_drawn_alike(target, protocol)
         return target
     parts = directory / f"{target.stem}.parts"
-    sampler = compile_sampler(run.layout, run.process, run.model, config, run.params_sharding)
+    if sampler is None:
+        sampler = compile_sampler(run.layout, run.process, run.model, config, run.params_sharding)
     batch = padded_batch(min(how.batch_size, how.count), run.layout)
     drawn = draw(sampler, run.params, how.count, batch, say, directory=parts, protocol=protocol)
     if jax.process_index() == 0:
@@ -180,6 +191,12 @@ def load_images(path: epath.PathLike) -> tuple[np.ndarray, dict[str, Any]]:
     """The images and the protocol in a file that `generate` wrote."""
     with epath.Path(path).open("rb") as file, np.load(file) as saved:
         return saved["images"], json.loads(str(saved["protocol"]))
+
+
+def load_outside(path: epath.PathLike) -> np.ndarray:
+    """The share of each image's values that clipping changed, see `Drawn`: float32 [count]."""
+    with epath.Path(path).open("rb") as file, np.load(file) as saved:
+        return saved["outside"]
 
 
 def _check_drawn_alike(target: epath.Path, protocol: dict[str, Any]) -> None:

@@ -96,6 +96,11 @@ def compile_call(
     return mapped
 
 
+def from_host(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array that every host has whole, laid over the devices of all of them."""
+    return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+
+
 def to_host(x: jax.Array) -> np.ndarray:
     """The whole of an array that may be spread over hosts, on every host."""
     if x.is_fully_addressable or x.is_fully_replicated:

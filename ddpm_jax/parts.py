@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import zipfile
@@ -58,7 +59,7 @@ def collect(
         if first_host:
             files.replace(directory / "protocol.json", json.dumps(protocol))
     progress = Progress(0, count, first_host, say, unit)
-    with Watch() as watch:
+    with contextlib.nullcontext() if stop else Watch() as watch:
         asked = stop or watch.asked
         for start, length in missing({s: n for s, (n, _) in pieces.items()}, count, batch):
             if asked():

@@ -62,6 +62,8 @@ class Measured(float):
         error = self.standard_error
         if not error:
             shown = f"{float(self):.6g}"
+        elif abs(self) < 1e-4 and error < 1e-4:
+            shown = f"{float(self):.3g} ± {error:.2g}"
         else:
             digits = max(0, 1 - int(f"{error:e}".partition("e")[2]))
             shown = f"{float(self):.{digits}f} ± {error:.{digits}f}"
@@ -78,12 +80,9 @@ class Manifest:
     provenance: dict[str, Any]
 
 
-def file_name(
-    step: int, name: str, asked: dict[str, Any], estimator: dict[str, Any], checksum: str
-) -> str:
-    """The file of a result: the same request of the same parameters has the same."""
-    text = json.dumps([asked, estimator, checksum], sort_keys=True)
-    return f"step{step}_{name}_{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
+def digest(*parts: Any) -> str:
+    """Eight hexadecimal digits that tell JSON-able things from others."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def provenance(seconds: float) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -115,6 +116,14 @@ class Checkpoints:
             )
         return None
 
+    def notes(self, step: int) -> dict[str, Any]:
+        """The notes saved with a step; empty where they cannot be read."""
+        try:
+            meta = (self._directory / str(step) / _META / "metadata").read_text()
+            return json.loads(meta)["notes"]
+        except (OSError, ValueError, KeyError):
+            return {}
+
     def _read(self, step: int, abstract: Any) -> tuple[Any, int, dict[str, Any]]:
         directory = self._directory / str(step)
         meta = json.loads((directory / _META / "metadata").read_text())
@@ -126,6 +135,43 @@ class Checkpoints:
             if meta["checksums"][path] != checksum:
                 raise ValueError(f"the checksum of {path} is not the one saved")
         return state, step, meta["notes"]
+
+
+class Best:
+    """The checkpoint with the best value of one result, as papers report at the minimum FID."""
+
+    def __init__(self, directory: epath.PathLike, result: str):
+        """Opens the directory, which need not exist; `result` is the result's name."""
+        self._checkpoints, self._result = Checkpoints(directory, keep=1), result
+        self._value: float | None = None
+        for step in self._checkpoints.steps()[:1]:
+            notes = self._checkpoints.notes(step)
+            if notes.get("result") == result:
+                self._value = notes["value"]
+
+    def beaten_by(self, value: float, better: str) -> bool:
+        """Whether a value is better ("lower" or "higher") than that of the checkpoint there."""
+        if not math.isfinite(value) or self._value is None:
+            return math.isfinite(value)
+        return value < self._value if better == "lower" else value > self._value
+
+    def save(self, step: int, params: Any, value: float) -> None:
+        """Starts writing {"ema_params": …, "params": …} in the place of the one before.
+
+        Raises:
+          CheckpointError: it, or the one before, could not be written.
+        """
+        self._checkpoints.save(step, params, {"result": self._result, "value": value})
+        self._value = value
+
+    def close(self) -> None:
+        """Returns when everything is on the disk.
+
+        Raises:
+          CheckpointError: it could not be written.
+        """
+        self._checkpoints.wait()
+        self._checkpoints.close()
 
 
 def _checksums(state: Any) -> dict[str, int]:

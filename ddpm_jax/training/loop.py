@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,14 +16,17 @@ from etils import epath
 from ddpm_jax import config as config_lib
 from ddpm_jax import figures, files
 from ddpm_jax.data import Batches, Source, nbytes, open_source
+from ddpm_jax.evaluation.evaluators import Evaluator, make_evaluators
+from ddpm_jax.evaluation.manifest import Measured
+from ddpm_jax.evaluation.results import evaluate_and_keep
 from ddpm_jax.generation import GRID_IMAGES, compile_sampler, padded_batch
 from ddpm_jax.interruption import Interrupted, Watch
 from ddpm_jax.parallel import Layout, compile_call, make_layout, to_host
 from ddpm_jax.progress import Progress
-from ddpm_jax.runs import RunDirectory, image_shape, make_model
+from ddpm_jax.runs import Run, RunDirectory, image_shape, make_model
 from ddpm_jax.sampling import Samples
 from ddpm_jax.schedules import spaced
-from ddpm_jax.training.checkpoints import Checkpoints
+from ddpm_jax.training.checkpoints import Best, Checkpoints
 from ddpm_jax.training.metrics import Window, Writer
 from ddpm_jax.training.state import State, init_state, make_optimizer
 from ddpm_jax.training.step import Task, train_call
@@ -113,10 +116,25 @@ def train(config: ml_collections.ConfigDict, workdir: str, say: Callable[[str], 
     say(f"writing to {directory.path}")
     checkpoints = Checkpoints(directory.checkpoints, config.train.keep_checkpoints)
     try:
+        evaluators = make_evaluators(_template(job), say) if config.train.evaluate_every else []
         with Watch() as watch:
-            _Loop(job, source, directory, checkpoints, watch, say).run()
+            _Loop(job, source, directory, checkpoints, watch, say, evaluators).run()
     finally:
         checkpoints.close()
+
+
+def _template(job: Job) -> Run:
+    """The run that evaluators are built for: its parameters are but their shapes and shardings."""
+    ema = job.config.evaluation.ema
+    return Run(
+        config=job.config,
+        process=job.task.process,
+        model=job.task.model,
+        params=job.abstract.ema_params if ema else job.abstract.params,
+        step=0,
+        layout=job.layout,
+        kind="ema" if ema else "raw",
+    )
 
 
 class _Loop:
@@ -130,7 +148,9 @@ class _Loop:
         checkpoints: Checkpoints,
         watch: Watch,
         say: Callable[[str], None],
+        evaluators: Sequence[Evaluator],
     ):
+        self._evaluators = evaluators
         self._job, self._source, self._directory = job, source, directory
         self._checkpoints, self._watch, self._say = checkpoints, watch, say
         self._train = job.config.train
@@ -142,10 +162,11 @@ class _Loop:
             directory.path, directory.metrics, self._step, self._keeps, self._first_host
         )
         self._progress = Progress(self._step, self._train.steps, self._first_host, say)
+        self._best = Best(directory.best, self._train.keep_best) if self._train.keep_best else None
 
     def _keeps(self, record: dict[str, Any]) -> bool:
         """Whether a line of an earlier life is one that an unbroken run would have."""
-        if record["step"] == self._step < self._train.steps:
+        if "loss" in record and record["step"] == self._step < self._train.steps:
             return self._step % self._train.log_every == 0  # Not the last line of an earlier end.
         return record["step"] <= self._step
 
@@ -177,6 +198,8 @@ class _Loop:
         )
         waiting = None  # The metrics of the call before: the host never waits for the device.
         with batches:
+            if self._step and not self._evaluated():  # The signal that ended it came in between.
+                self._stop()
             while self._step < train.steps:
                 self._state, metrics = call(self._state, batches(self._step))
                 self._step += step_by
@@ -188,12 +211,17 @@ class _Loop:
                     self._take(*waiting, batches)
                     waiting = None
                     self._act()
+                    stop = stop or not self._evaluated()
                 if stop:
                     self._stop()
         self._finish()
 
     def _due(self) -> bool:
-        every = (self._train.checkpoint_every, self._train.sample_every)
+        every = (
+            self._train.checkpoint_every,
+            self._train.sample_every,
+            self._train.evaluate_every,
+        )
         return self._step >= self._train.steps or any(n and self._step % n == 0 for n in every)
 
     def _take(self, step: int, metrics: dict[str, jax.Array], batches: Batches) -> None:
@@ -223,6 +251,40 @@ class _Loop:
             if not last and train.sample_every and step % train.sample_every == 0:
                 self._sample()
 
+    def _evaluated(self) -> bool:
+        """Evaluates where that is due at this step; whether it was not stopped meanwhile."""
+        step, every = self._step, self._train.evaluate_every
+        if not every or (step < self._train.steps and step % every):
+            return True
+        ema = self._job.config.evaluation.ema
+        params = self._state.ema_params if ema else self._state.params
+        run = dataclasses.replace(_template(self._job), step=step, params=params)
+        results: dict[str, Measured] = {}
+        with self._progress.paused():
+            try:
+                for evaluator in self._evaluators:
+                    results |= evaluate_and_keep(
+                        evaluator, run, self._directory, self._say, self._watch.asked, False
+                    )
+            except Interrupted:
+                return False
+            errors = {
+                f"{name}_error": measured.standard_error
+                for name, measured in results.items()
+                if measured.standard_error is not None
+            }
+            self._writer.scalars_once(step, {n: float(m) for n, m in results.items()} | errors)
+            self._keep_best(results)
+        return True
+
+    def _keep_best(self, results: dict[str, Measured]) -> None:
+        if self._best is None:
+            return
+        chosen = results[self._train.keep_best]
+        if self._best.beaten_by(float(chosen), chosen.better):
+            both = {"ema_params": self._state.ema_params, "params": self._state.params}
+            self._best.save(self._step, both, float(chosen))
+
     def _save(self) -> None:
         self._saved = self._step
         self._checkpoints.save(self._step, self._state, {"window": self._window.sums})
@@ -230,10 +292,15 @@ class _Loop:
     def _stop(self) -> None:
         if self._saved != self._step:
             self._save()
-        self._checkpoints.wait()
+        self._wait()
         self._writer.close()
         self._progress.close()
         raise Interrupted(f"stopped at step {self._step}; the same command goes on from there")
+
+    def _wait(self) -> None:
+        self._checkpoints.wait()
+        if self._best is not None:
+            self._best.close()
 
     def _sample(self) -> Samples:
         """A grid of samples of the moving average, from the same noise each time."""
@@ -268,7 +335,7 @@ class _Loop:
         self._progress.close()
         self._say("drawing samples from the moving average of the parameters")
         samples = self._sample()
-        self._checkpoints.wait()
+        self._wait()
         self._writer.close()
         if not self._first_host:
             return

@@ -96,6 +96,13 @@ class Writer:
             self._events.add_scalar(name, value, step)
         self._events.flush()
 
+    def scalars_once(self, step: int, scalars: dict[str, float]) -> None:
+        """The same, unless the step has a line with these names."""
+        if self._active and not any(
+            record["step"] == step and scalars.keys() <= record.keys() for record in self.records
+        ):
+            self.scalars(step, scalars)
+
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
         """A picture, uint8 [height, width, channels], to TensorBoard."""
         if self._active:

@@ -1,0 +1,386 @@
+"""The evaluators of a config: built once, called with a run's parameters, yielding (name, number).
+
+Everything a request can get wrong (data, weights, sizes, metrics) is found while they are built.
+Training and `--mode=evaluate` use the same ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from ddpm_jax import figures, files, generation, sampling
+from ddpm_jax.config import RequestError
+from ddpm_jax.data import Source, open_source
+from ddpm_jax.evaluation import bound, cost, names, reference
+from ddpm_jax.evaluation.features import Extractor, make_extractor
+from ddpm_jax.evaluation.frechet import fd, fd_infinity
+from ddpm_jax.evaluation.manifest import Measured, digest
+from ddpm_jax.evaluation.metrics import Estimate, inception_score, kd
+from ddpm_jax.evaluation.neighbors import nearest_neighbors, neighbors_of, prdc
+from ddpm_jax.parts import collect
+from ddpm_jax.runs import Run, RunDirectory, fingerprint, image_shape
+
+Say = Callable[[str], None]
+LEAST = {"fd": 2, "kd": 4, "is": 10, "prdc": 6, "fdinf": 30, "nearest": 2}
+NEIGHBORS_SHOWN = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A result to come. See `manifest` for protocol and estimator."""
+
+    kind: names.Kind
+    protocol: dict[str, Any]
+    estimator: dict[str, Any]
+
+
+class Evaluator(Protocol):
+    """`asked`: the results by name. Called with (step, parameters), it yields (name, number)."""
+
+    asked: dict[str, Asked]
+
+    def __call__(
+        self,
+        step: int,
+        params: Any,
+        wanted: Iterable[str] | None = None,
+        directory: RunDirectory | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> Iterator[tuple[str, Measured]]:
+        """Evaluates the parameters of a step.
+
+        Args:
+          wanted: names out of `asked`; all of them, unless given.
+          directory: where samples, arrays, pictures and unfinished pieces are kept; None: nowhere.
+          stop: see `parts.collect`.
+        """
+
+
+def make_evaluators(run: Run, say: Say) -> list[Evaluator]:
+    """The evaluators that `run.config.evaluation` asks for, one a split and one a feature network.
+
+    Args:
+      run: its config, process, model, layout and kind of parameters are used. Its parameters may
+        be abstract: jax.ShapeDtypeStructs with shardings.
+    Raises:
+      RequestError: data or weights are missing or do not fit.
+    """
+    e = run.config.evaluation
+    requests = [names.parse(metric) for metric in e.metrics]
+    found: list[Evaluator] = []
+    if (names.BOUND, "") in requests:
+        found += [BoundEvaluator(run, split, say) for split in e.split]
+    for features in dict.fromkeys(f for _, f in requests if f):
+        metrics = [metric for metric, f in requests if f == features]
+        found.append(QualityEvaluator(run, features, metrics, say))
+    return found
+
+
+def _model_protocol(run: Run) -> dict[str, Any]:
+    return {
+        "parameters": run.kind,
+        "checkpoint": run.rule if run.rule.startswith("best") else "given",
+        "dtype": run.config.model.dtype,
+    }
+
+
+def _chain(steps: int, num_steps: int) -> int | str:
+    """All of a chain, however long, is comparable with all of another."""
+    return steps if 0 < steps < num_steps else "all"
+
+
+class BoundEvaluator:
+    """The bound over a split: see `bound`."""
+
+    def __init__(self, run: Run, split: str, say: Say):
+        self._run, self._say, self._split = run, say, split
+        e = run.config.evaluation
+        self._source = open_source(run.config, split)
+        self._positions = _positions(self._source, e.max_images, "evaluation.max_images")
+        wanted = min(e.batch_size, len(self._positions))
+        self._batch = generation.padded_batch(wanted, run.layout)
+        self._process = sampling.shorten(run.process, e.steps) if e.steps else run.process
+        self._compute = bound.compile_terms(
+            run.layout,
+            self._process,
+            run.apply,
+            run.params_sharding,
+            run.config.seed,
+            e.terms,
+            e.clip,
+        )
+        self._announced = False
+        protocol = {
+            **reference.data_protocol(self._source, e.max_images),
+            **_model_protocol(run),
+            "chain": _chain(e.steps, run.config.diffusion.num_steps),
+            "clip": e.clip,
+            "decoder": "discretised Gaussian, 256 levels",
+        }
+        estimator = {"seed": run.config.seed, "terms": e.terms or "all", "draws": e.draws}
+        kinds = names.results((names.BOUND,), (split,), 0)
+        self.asked = {name: Asked(kind, protocol, estimator) for name, kind in kinds.items()}
+
+    def __call__(
+        self,
+        step: int,
+        params: Any,
+        wanted: Iterable[str] | None = None,
+        directory: RunDirectory | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> Iterator[tuple[str, Measured]]:
+        run = dataclasses.replace(self._run, step=step, params=params)
+        wanted = self.asked if wanted is None else wanted
+        e = run.config.evaluation
+        num_steps, n = self._process.schedule.num_steps, len(self._positions)
+        if not self._announced:
+            self._announced = True
+            batches = -(-n // self._batch) * e.draws
+            cost.announce(
+                f"bits/dim of {self._split}: {n:,} images × {e.terms or num_steps:,} terms",
+                run.layout,
+                run.apply,
+                run.params,
+                (self._batch, *image_shape(run.config)),
+                batches * (e.terms or num_steps),
+                self._say,
+            )
+        keep: dict[str, Any] = {"stop": stop}
+        if directory is not None:
+            asked = self.asked[f"{names.BOUND}_{self._split}"]
+            key = digest(asked.protocol, asked.estimator, fingerprint(run.params))
+            stem = f"step{run.step}_bound_{self._split}_{key}"
+            parts = directory.evaluation / f"{stem}.parts"
+            keep |= {"directory": parts, "protocol": {"key": key}}
+        measured = bound.measure(
+            self._compute,
+            run.params,
+            self._source.images,
+            self._positions,
+            self._batch,
+            num_steps,
+            e.terms,
+            e.draws,
+            self._say,
+            **keep,
+        )
+        details: dict[str, Any] = {"noise_standard_error": measured.noise_error()}
+        if directory is not None:
+            arrays = directory.evaluation / f"{stem}.npz"
+            details["arrays"] = arrays.name
+            if jax.process_index() == 0:
+                files.replace(arrays, measured.to_npz())
+                parts.rmtree()
+        for value, (number, error) in measured.summary().items():
+            name = f"{value}_{self._split}"
+            if name in wanted:
+                more = details if value == names.BOUND else {}
+                yield name, _measured(number, error, self.asked[name], more)
+
+
+class QualityEvaluator:
+    """Metrics of samples against real images in the features of one network."""
+
+    def __init__(self, run: Run, features: str, metrics: list[str], say: Say):
+        # What is measured is the count of evaluation, drawn as `sample` says.
+        config = copy.deepcopy(run.config)
+        config.sample.count = config.evaluation.count
+        self._run = dataclasses.replace(run, config=config)
+        e = config.evaluation
+        self._say, self._metrics = say, metrics
+        self._extractor = make_extractor(features, e.weights, e.cache_dir)
+        _check_metrics(self._extractor, metrics, e.count)
+        self._source = open_source(config, e.reference)
+        _positions(self._source, e.reference_count, "evaluation.reference_count")
+        others = [split for split in e.split if split != e.reference]
+        self._held_out = open_source(config, others[0]) if others and "nearest" in metrics else None
+        self._batch = generation.padded_batch(e.batch_size, run.layout)
+        self._compute = reference.compile_extractor(self._extractor, run.layout, self._batch)
+        self._sampler: Callable[..., generation.Drawn] | None = None
+        self._references: dict[str, reference.Reference] = {}
+        how, num_steps = config.sample, config.diffusion.num_steps
+        protocol = {
+            "reference": reference.data_protocol(self._source, e.reference_count)
+            | {"mirror": e.reference_mirror},
+            "samples": e.count,
+            "features": {"name": features, **self._extractor.identity},
+            **_model_protocol(run),
+            "sampler": how.method,
+            "chain": _chain(how.steps, num_steps),
+            "eta": how.eta,
+            "clip": how.clip,
+            "rounding": "nearest of 256 levels",
+        }
+        estimator = {"seed": config.seed}
+        kinds = names.results(tuple(f"{m}_{features}" for m in metrics), (), e.count)
+        self.asked = {name: Asked(kind, protocol, estimator) for name, kind in kinds.items()}
+
+    def __call__(
+        self,
+        step: int,
+        params: Any,
+        wanted: Iterable[str] | None = None,
+        directory: RunDirectory | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> Iterator[tuple[str, Measured]]:
+        run = dataclasses.replace(self._run, step=step, params=params)
+        wanted = self.asked if wanted is None else wanted
+        name = self._extractor.name
+        real = self._reference(self._source) if set(self._metrics) - {"is"} else None
+        held_out = self._reference(self._held_out) if self._held_out is not None else None
+        images, outside = self._samples(run, directory, stop)
+        found = self._features(run, images, directory, stop)
+        features = found["features"]
+        count = len(images)
+        details = {"outside": float(outside.mean())}
+        for metric in self._metrics:
+            values = names.KINDS[metric].values
+            if not any(names.quality_name(v, name, count) in wanted for v in values):
+                continue
+            for value, estimate in self._estimates(metric, found, real, held_out).items():
+                result = names.quality_name(value, name, count)
+                more = details | estimate.details
+                yield result, _measured(*estimate[:2], self.asked[result], more)
+            if metric == "nearest" and directory is not None and jax.process_index() == 0:
+                picture = directory.evaluation / f"step{run.step}_nearest_{name}.png"
+                self._show(picture, images, features, real)
+                self._say(f"samples over their nearest of {self._source.split}: {picture}")
+
+    def _estimates(
+        self,
+        metric: str,
+        found: dict[str, np.ndarray],
+        real: reference.Reference | None,
+        held_out: reference.Reference | None,
+    ) -> dict[str, Estimate]:
+        features = found["features"]
+        if metric == "is":
+            return {"is": inception_score(found["logits"])}
+        if metric == "fd":
+            return {"fd": fd(features, real.statistics)}
+        if metric == "kd":
+            return {"kd": kd(features, real.features)}
+        if metric == "prdc":
+            return prdc(features, real.features)
+        if metric == "fdinf":
+            return {"fdinf": fd_infinity(features, real.statistics, self._run.config.seed)}
+        others = None if held_out is None else held_out.features
+        return {"nearest": nearest_neighbors(features, real.features, others)}
+
+    def _reference(self, source: Source) -> reference.Reference:
+        """Computed once for all calls."""
+        e = self._run.config.evaluation
+        if source.split not in self._references:
+            is_reference = source is self._source
+            self._references[source.split] = reference.load_reference(
+                self._extractor,
+                self._compute,
+                source,
+                e.reference_count if is_reference else 0,
+                e.reference_mirror and is_reference,
+                e.cache_dir,
+                e.statistics if is_reference else "",
+                self._batch,
+                self._say,
+            )
+        return self._references[source.split]
+
+    def _samples(
+        self, run: Run, directory: RunDirectory | None, stop: Callable[[], bool] | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        how = run.config.sample
+        batch = generation.padded_batch(min(how.batch_size, how.count), run.layout)
+        if self._sampler is None:
+            steps = (how.steps or run.config.diffusion.num_steps) * -(-how.count // batch)
+            shape = (batch, *image_shape(run.config))
+            what = f"{how.count:,} samples"
+            cost.announce(what, run.layout, run.apply, run.params, shape, steps, self._say)
+            self._sampler = generation.compile_sampler(
+                run.layout, run.process, run.model, run.config, run.params_sharding
+            )
+        if directory is None:
+            drawn = generation.draw(
+                self._sampler, run.params, how.count, batch, self._say, stop=stop
+            )
+            return drawn["images"], drawn["outside"]
+        path = generation.generate(run, directory.samples, self._say, self._sampler)
+        images, _ = generation.load_images(path)
+        return images, generation.load_outside(path)
+
+    def _features(
+        self,
+        run: Run,
+        images: np.ndarray,
+        directory: RunDirectory | None,
+        stop: Callable[[], bool] | None,
+    ) -> dict[str, np.ndarray]:
+        def piece(start: int, length: int) -> dict[str, np.ndarray]:
+            return self._compute(images[start : start + length])
+
+        if directory is None:
+            return collect(len(images), self._batch, piece, "image", self._say, stop=stop)
+        key = digest(generation.sampling_protocol(run), self._extractor.identity)
+        path = directory.evaluation / f"step{run.step}_{self._extractor.name}_{key}.npz"
+        if path.exists():
+            with path.open("rb") as file, np.load(file) as saved:
+                return dict(saved)
+        keep = {"directory": path.with_suffix(".parts"), "protocol": {"key": key}}
+        found = collect(len(images), self._batch, piece, "image", self._say, stop=stop, **keep)
+        if jax.process_index() == 0:
+            buffer = io.BytesIO()
+            np.savez(buffer, **found)
+            files.replace(path, buffer.getvalue())
+            keep["directory"].rmtree()
+        return found
+
+    def _show(
+        self,
+        path: Any,
+        images: np.ndarray,
+        features: np.ndarray,
+        real: reference.Reference,
+    ) -> None:
+        shown = slice(0, NEIGHBORS_SHOWN)
+        nearest = neighbors_of(features[shown], real.features, 1).positions[:, 0]
+        e = self._run.config.evaluation
+        positions = reference.evenly(len(self._source), e.reference_count)
+        neighbors = self._source.images(positions[nearest % len(positions)])
+        mirrored = (nearest >= len(positions))[:, None, None, None]
+        neighbors = np.where(mirrored, neighbors[:, :, ::-1], neighbors)
+        pair = np.concatenate([images[shown], neighbors])
+        figures.save_png(path, figures.grid(pair, columns=len(neighbors)))
+
+
+def _measured(value: float, error: float | None, asked: Asked, details: dict[str, Any]) -> Measured:
+    kind = asked.kind
+    return Measured(value, error, kind.unit, kind.better, asked.protocol, asked.estimator, details)
+
+
+def _positions(source: Source, count: int, key: str) -> np.ndarray:
+    try:
+        return reference.evenly(len(source), count)
+    except ValueError:
+        raise RequestError(
+            f"config.{key}={count}: split {source.split} of {source.name} has only "
+            f"{len(source)} images; set that or 0, for all of them"
+        ) from None
+
+
+def _check_metrics(extractor: Extractor, metrics: list[str], count: int) -> None:
+    for metric in metrics:
+        if metric == "is" and not extractor.has_logits:
+            raise RequestError(
+                f"config.evaluation.metrics=is_{extractor.name}: these weights have no logits; "
+                "use pt_inception-2015-12-05-6726825d.pth"
+            )
+        if count < LEAST[metric]:
+            raise RequestError(
+                f"config.evaluation.count={count}: {metric} needs at least {LEAST[metric]} samples"
+            )
