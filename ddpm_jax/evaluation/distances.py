@@ -168,10 +168,7 @@ class _Rows:
     @classmethod
     def of(cls, values: np.ndarray, centred: np.ndarray) -> _Rows:
         # Copies are told by their hash: sets with thousands of them (a collapsed model's) would
-        # else be compared pair by pair. Adding 0 turns −0 into 0.
-        digests = b"".join(
-            hashlib.blake2b((row + np.float64(0)).tobytes(), digest_size=8).digest()
-            for row in values
-        )
+        # else be compared pair by pair.
+        digests = (hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in values)
         norm = np.einsum("nd,nd->n", centred, centred)
-        return cls(values, norm, np.frombuffer(digests, np.uint64))
+        return cls(values, norm, np.frombuffer(b"".join(digests), np.uint64))

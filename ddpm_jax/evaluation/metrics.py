@@ -104,12 +104,11 @@ def kd(
 
 
 def _kernel(x: np.ndarray, y: np.ndarray, max_bytes: int) -> Iterator[tuple[slice, np.ndarray]]:
-    y = y.astype(np.float64)
+    y = y.astype(np.float64)  # And so is its product with float32.
     step = max(1, max_bytes // (16 * len(y)))
     for start in range(0, len(x), step):
-        part = x[start : start + step].astype(np.float64)
-        base = part @ y.T / y.shape[1] + 1
-        yield slice(start, start + len(part)), base * base * base
+        base = x[start : start + step] @ y.T / y.shape[1] + 1
+        yield slice(start, start + len(base)), base * base * base
 
 
 def _off_diagonal(k: np.ndarray, rows: slice) -> np.ndarray:

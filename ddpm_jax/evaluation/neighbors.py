@@ -14,7 +14,7 @@ from ddpm_jax.evaluation.distances import MAX_BYTES, as_rows, blocks, nearest
 from ddpm_jax.evaluation.metrics import Estimate
 
 # Halvings of the samples that recall's error is taken from, and how many neighbours are kept to
-# find those within a half: of 32, fewer than 3 are in it once in two million times.
+# find those within a half, at least: of 32, fewer than 3 are in it once in two million times.
 HALVINGS = 10
 HALF_NEIGHBOURS = 32
 
@@ -72,7 +72,7 @@ def prdc(
             reached = block.squared <= half_radii[i, rows, None]
             half_recalled[i, 0] |= reached[half].any(axis=0)
             half_recalled[i, 1] |= reached[~half].any(axis=0)
-    coverage = np.count_nonzero(samples_around) / m
+    coverage = float(np.mean(samples_around > 0))
     return {
         "precision": _mean(precise),
         "recall": Estimate(float(recalled.mean()), _recall_error(half_recalled), {}),
@@ -88,10 +88,13 @@ def _mean(values: np.ndarray) -> Estimate:
 
 
 def _sample_radii(x, k, max_bytes):
-    """Squared distances to the k-th other sample [n]; halvings, bool [h, n]; radii within them."""
+    """Squared distances to the k-th other sample [n]; halvings, bool [h, n]; radii within them.
+
+    Halving i takes the first ⌊n/2⌋ positions sorted by Philox's raw bits under the key (n, i).
+    """
     n = len(x)
     num_halvings = HALVINGS if n // 2 > k else 0
-    kept = min(n - 1, max(k, HALF_NEIGHBOURS)) if num_halvings else k
+    kept = min(n - 1, max(4 * k, HALF_NEIGHBOURS)) if num_halvings else k
     squared, positions = nearest(x, x, kept, exclude_self=True, max_bytes=max_bytes)
     in_half, radii = np.zeros((num_halvings, n), bool), np.empty((num_halvings, n))
     for i in range(num_halvings):
@@ -105,7 +108,7 @@ def _sample_radii(x, k, max_bytes):
 
 
 def _recall_error(half_recalled: np.ndarray) -> float | None:
-    """Recall's standard error from what random halves of the samples reach, [h, 2, m].
+    """Recall's standard error from what random halves of the samples reach, bool [h, 2, m].
 
     The variance has a part that falls with the reference's size, of each point's being reached or
     not, and one that falls with the samples', of what all points share. A half's variance has the
@@ -127,7 +130,7 @@ def _coverage_error(around: np.ndarray, signature: np.ndarray, n: int) -> float 
     Poisson counts the last product is the expectation of (−1)^|j ∩ l| where no sample is in just
     one of the two, so all terms cancel but those of balls around the same samples, s > 0 of them:
     −(−1)^s each is free of bias. Of large s it is noise: it is weighted down as by Efron & Thisted
-    1976 (Biometrika 63, Eq. 5.1), with P(Binomial(4, ½) ≥ s). A fixed n takes off
+    1976 (Biometrika 63), with P(Binomial(4, ½) ≥ s). A fixed n takes off
     (Σ_j P(one sample in j))² / n.
     """
     weight = np.array([0, 15, -11, 5, -1]) / 16

@@ -58,7 +58,7 @@ def test_identical_rows_are_exactly_zero_apart():
 
 
 def test_minus_zero_is_zero():
-    squared, _ = distances.nearest(np.float32([[-0.0, 1]]), np.float32([[0.0, 1]]))
+    squared, _ = distances.nearest(np.float32([[-0.0, 1]]), np.float64([[0.0, 1]]))
     assert squared == 0
 
 

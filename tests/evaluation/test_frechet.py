@@ -123,6 +123,21 @@ def test_a_shift_costs_its_square_whatever_the_rank(n):
     assert same.details["rank_deficient"] == (n <= 12)
 
 
+def test_the_distance_is_never_below_zero():
+    rng = np.random.default_rng(14)
+    for _ in range(50):
+        same = frechet.statistics_of(rng.normal(size=(30, 5)))
+        assert 0 <= frechet.frechet_distance(same, same) < 1e-13
+
+
+def test_the_bias_in_one_dimension_has_a_closed_form():
+    """(m − μ)² + (s − σ)²: E m² is s²/n and E s about σ (1 − 1/4n)."""
+    x = np.random.default_rng(15).normal(size=(200, 1)) * 3
+    estimate = frechet.fd(x, Statistics(np.ones(1), np.full((1, 1), 4.0), 9))
+    s = x.std(ddof=1)
+    assert estimate.details["bias"] == pytest.approx((s**2 + 2 * 2 * s / 4) / 200, rel=1e-12)
+
+
 def test_sets_without_spread_are_points():
     point, other = np.ones((7, 3)), np.full((7, 3), 3.0)
     assert frechet.fd(point, frechet.statistics_of(other)).value == pytest.approx(12, rel=1e-14)
@@ -229,19 +244,28 @@ def test_fd_infinity_is_the_line_s_intercept_over_its_documented_subsets():
     x, y = rng.normal(size=(400, 6)) * 1.2, rng.normal(size=(500, 6)) @ rng.normal(size=(6, 6))
     reference = frechet.statistics_of(y)
     sizes = [int(40 + 360 * i / 14) for i in range(15)]
-    values = []
+    inverse = 1 / np.array(sizes)
+    off = inverse - inverse.mean()
+    values, weight = [], np.zeros(400)
     for i, size in enumerate(sizes):
         bits = np.random.Philox(key=np.array([5, i], np.uint64)).random_raw(400)
-        part = x[np.argsort(bits, kind="stable")[:size]]
+        subset = np.argsort(bits, kind="stable")[:size]
+        # The line's intercept is Σ_i (1/15 − mean off_i / Σ off²) value_i.
+        weight[subset] += (1 / 15 - inverse.mean() * off[i] / np.sum(off**2)) / size
+        part = x[subset]
         root = linalg.sqrtm(np.cov(part.T) @ reference.covariance).real
         values.append(
             np.sum((part.mean(0) - reference.mean) ** 2)
             + np.trace(np.cov(part.T) + reference.covariance - 2 * root)
         )
-    slope, intercept = np.polyfit(1 / np.array(sizes), values, 1)
+    line = stats.linregress(inverse, values)
     estimate = frechet.fd_infinity(x, reference, seed=5)
-    assert estimate.value == pytest.approx(intercept, rel=1e-9)
-    assert estimate.details["slope"] == pytest.approx(slope, rel=1e-9)
+    assert estimate.value == pytest.approx(line.intercept, rel=1e-9)
+    assert estimate.details["slope"] == pytest.approx(line.slope, rel=1e-9)
+    of_samples = 400 * np.sum(weight**2) * frechet.fd(x, reference).standard_error ** 2
+    error = math.sqrt(of_samples + line.intercept_stderr**2)
+    assert estimate.standard_error == pytest.approx(error, rel=1e-9)
+    assert min(of_samples, line.intercept_stderr**2) > 0.1 * error**2  # So that both count.
     assert estimate.details["largest"] == pytest.approx(frechet.fd(x, reference).value, rel=1e-12)
     assert estimate == frechet.fd_infinity(x, reference, seed=5)
     assert estimate.value != frechet.fd_infinity(x, reference, seed=6).value

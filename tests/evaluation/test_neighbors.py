@@ -116,6 +116,38 @@ def test_the_standard_errors_are_the_spreads_over_new_samples(n, m, d, scale):
         assert 0.8 < math.sqrt(np.mean(np.square(errors))) / real < 1.25, name
 
 
+def test_recall_s_standard_error_comes_from_halves_of_the_samples():
+    x, y = feature_sets(101, 80, 3)
+    of_halves, of_points = [], []
+    for i in range(10):
+        bits = np.random.Philox(key=np.array([101, i], np.uint64)).random_raw(101)
+        order = np.argsort(bits, kind="stable")
+        reached = [
+            (distances(half, y) <= radii(half, 3)[:, None]).any(axis=0)
+            for half in (x[order[:50]], x[order[50:]])
+        ]
+        of_halves.append(np.var([r.mean() for r in reached], ddof=1))
+        of_points.append(np.var(reached, axis=0, ddof=1).mean() / 80)
+    variance = np.mean(of_points) + (np.mean(of_halves) - np.mean(of_points)) / 2
+    assert np.mean(of_halves) > np.mean(of_points)
+    found = neighbors.prdc(x, y)["recall"].standard_error
+    assert found == pytest.approx(math.sqrt(variance), rel=1e-12)
+
+
+def test_coverage_s_standard_error_is_that_of_the_occupancy_problem():
+    """Samples fall between far pairs of reference points: both balls of a pair are hit or none."""
+    cells, n = 100, 60
+    y = np.array([[1e3 * i + side] for i in range(cells) for side in (0, 1)])
+    rng = np.random.default_rng(6)
+    squares = []
+    for _ in range(300):
+        x = 1e3 * rng.integers(0, cells, size=(n, 1)) + 0.5
+        squares.append(neighbors.prdc(x, y, k_coverage=1)["coverage"].standard_error ** 2)
+    one, two = (1 - 1 / cells) ** n, (1 - 2 / cells) ** n
+    variance = (cells * (cells - 1) * two + cells * one - (cells * one) ** 2) / cells**2
+    assert np.mean(squares) == pytest.approx(variance, rel=0.1)
+
+
 def test_errors_that_the_samples_do_not_tell_are_none():
     x, y = feature_sets(7, 50, 2)
     few = neighbors.prdc(x, y)
