@@ -10,11 +10,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import ml_collections
 import numpy as np
 
 from ddpm_jax.config import RequestError, default_config
 from ddpm_jax.data.tfds_sets import FORMAT, open_tfds
-from ddpm_jax.evaluation.features import Extractor
+from ddpm_jax.evaluation.features import Extractor, make_extractor
 from ddpm_jax.evaluation.frechet import frechet_distance, statistics_of
 from ddpm_jax.evaluation.metrics import inception_score
 
@@ -36,6 +37,25 @@ class Check(NamedTuple):
     ok: bool
 
 
+def run(config: ml_collections.ConfigDict, say: Callable[[str], None]) -> bool:
+    """Runs the self-test, says each result in a line, and returns whether all are right.
+
+    The Inception score of 100 images is always checked, if the weights have logits. The FID of
+    twice 5,000 is where there is an accelerator, or nothing else to check.
+
+    Raises:
+      RequestError: the Inception weights or TFDS's cifar10 in `config.data.data_dir` are missing.
+    """
+    e = config.evaluation
+    extractor = make_extractor("inception", e.weights, e.cache_dir)
+    full = jax.default_backend() != "cpu" or not extractor.has_logits
+    checks = selftest(extractor, cifar10_by_index(config.data.data_dir), full)
+    for check in checks:
+        verdict = "as published" if check.ok else f"WRONG, published is {check.expected:.5f}"
+        say(f"{check.name}: {check.value:.5f}, {verdict}")
+    return all(check.ok for check in checks)
+
+
 def selftest(
     extractor: Extractor, images_by_index: ImagesByIndex, full: bool = False, batch_size: int = 50
 ) -> list[Check]:
@@ -51,13 +71,10 @@ def selftest(
     Returns:
       The checks, one line of the result each.
     Raises:
-      RequestError: the weights lack the logits, and `full` was not asked for.
+      ValueError: without logits there is only the FID, and `full` was not asked for.
     """
     if not (extractor.has_logits or full):
-        raise RequestError(
-            "config.evaluation.weights: that file has no logits, so that only the FID can be "
-            "checked, which takes --selftest=full"
-        )
+        raise ValueError("weights without logits have no Inception score: ask for full=True")
     apply = jax.jit(extractor.apply)
 
     def outputs(split: str, size: int, count: int, name: str) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax.config import RequestError
+from ddpm_jax.config import RequestError, default_config
 from ddpm_jax.evaluation import features, selftest
 
 
@@ -68,12 +68,45 @@ def test_what_is_checked(monkeypatch):
     for off, ok in [(0.0, True), (5e-4, True), (-5e-4, True), (2e-3, False), (-2e-3, False)]:
         monkeypatch.setattr(selftest, "SCORE", check.value + off)
         assert selftest.selftest(toy_extractor(), toy_images)[0].ok == ok
-    with pytest.raises(RequestError, match="only the FID can be checked"):
+    with pytest.raises(ValueError, match="have no Inception score"):
         selftest.selftest(toy_extractor(has_logits=False), toy_images)
     (check,) = selftest.selftest(
         toy_extractor(has_logits=False), toy_images, full=True, batch_size=500
     )
     assert "FID" in check.name
+
+
+@pytest.mark.parametrize("has_logits", [True, False])
+def test_the_request(monkeypatch, has_logits):
+    config = default_config()
+    config.data.data_dir, config.evaluation.weights = "sets", "file"
+    asked, said = [], []
+
+    def make(*args):
+        asked.append(args)
+        return toy_extractor(has_logits)
+
+    monkeypatch.setattr(selftest, "make_extractor", make)
+    monkeypatch.setattr(selftest, "cifar10_by_index", lambda d: asked.append(d) or toy_images)
+    monkeypatch.setattr(selftest.jax, "default_backend", lambda: "cpu")
+    monkeypatch.setattr(selftest, "SCORE", score_by_hand())
+    monkeypatch.setattr(selftest, "DISTANCE", distance_by_hand() + 1)
+    assert selftest.run(config, said.append) == has_logits
+    assert asked == [("inception", "file", config.evaluation.cache_dir), "sets"]
+    (line,) = said  # On a CPU the FID only if there is nothing else.
+    expected = (
+        "training images: {:.5f}, as published" if has_logits else "test images: {:.5f}, WRONG"
+    )
+    assert expected.format(score_by_hand() if has_logits else distance_by_hand()) in line
+
+
+def test_an_accelerator_checks_the_fid_too(monkeypatch):
+    said = []
+    monkeypatch.setattr(selftest, "make_extractor", lambda *args: toy_extractor())
+    monkeypatch.setattr(selftest, "cifar10_by_index", lambda data_dir: toy_images)
+    monkeypatch.setattr(selftest.jax, "default_backend", lambda: "gpu")
+    assert not selftest.run(default_config(), said.append)
+    assert ["FID" in line for line in said] == [False, True]
 
 
 def test_the_chosen_images():
