@@ -117,17 +117,17 @@ def test_the_standard_errors_are_the_spreads_over_new_samples(n, m, d, scale):
 
 
 def test_recall_s_standard_error_comes_from_halves_of_the_samples():
-    x, y = feature_sets(101, 80, 3)
+    x, y = feature_sets(103, 240, 3)
     of_halves, of_points = [], []
     for i in range(10):
-        bits = np.random.Philox(key=np.array([101, i], np.uint64)).random_raw(101)
+        bits = np.random.Philox(key=np.array([103, i], np.uint64)).random_raw(103)
         order = np.argsort(bits, kind="stable")
         reached = [
             (distances(half, y) <= radii(half, 3)[:, None]).any(axis=0)
-            for half in (x[order[:50]], x[order[50:]])
+            for half in (x[order[:51]], x[order[51:]])
         ]
         of_halves.append(np.var([r.mean() for r in reached], ddof=1))
-        of_points.append(np.var(reached, axis=0, ddof=1).mean() / 80)
+        of_points.append(np.var(reached, axis=0, ddof=1).mean() / 240)
     variance = np.mean(of_points) + (np.mean(of_halves) - np.mean(of_points)) / 2
     assert np.mean(of_halves) > np.mean(of_points)
     found = neighbors.prdc(x, y)["recall"].standard_error
