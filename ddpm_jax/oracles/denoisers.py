@@ -114,7 +114,9 @@ def excess_error(
       keys: [n], one a draw, as from `keys.example_keys(seed, "noise", …)`.
       times: indices of the process's schedule, in 1..T.
     """
-    best, x0 = denoiser(data, process), data.sample(keys)
+    if not all(1 <= t <= process.schedule.num_steps for t in times):
+        raise ValueError(f"times must lie in 1..{process.schedule.num_steps}, not {tuple(times)}")
+    best, x0 = denoiser(data, process), jax.jit(data.sample)(keys)
 
     @jax.jit
     def error(step):
@@ -124,6 +126,4 @@ def excess_error(
         got, expected = (split_output(process, f(x_t, time), x_t)[0] for f in (network, best))
         return jnp.mean((got - expected) ** 2)
 
-    if not all(1 <= t <= process.schedule.num_steps for t in times):
-        raise ValueError(f"times must lie in 1..{process.schedule.num_steps}, not {tuple(times)}")
     return np.array([error(t) for t in times], dtype=np.float32)

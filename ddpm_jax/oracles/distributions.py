@@ -86,7 +86,7 @@ class Distribution:
         """
         constants = chain(schedule)
         _check_time(t, 1, constants.num_steps)
-        x = _flat(x_t, self.shape)
+        x = flatten(x_t, self.shape)
         constants = (np.full((1, 1), c[t]) for c in (constants.alpha_bar, constants.rest))
         return Moments(
             *(m.reshape(-1, *self.shape) for m in posterior(np, self.parts, *constants, x))
@@ -150,7 +150,7 @@ class _Density(Distribution):
         Raises:
           ValueError: another shape, or a variance of zero.
         """
-        x, (weights, means, variances, basis) = _flat(x, self.shape), self.parts
+        x, (weights, means, variances, basis) = flatten(x, self.shape), self.parts
         if (variances <= 0).any():
             raise ValueError("a distribution with a variance of zero has no density")
         x = x if basis is None else x @ basis
@@ -282,7 +282,7 @@ class Points(Distribution):
 
         A good sampler's samples are on the points, on each as often as its weight says.
         """
-        samples, points = _flat(samples, self.shape), self.parts.means
+        samples, points = flatten(samples, self.shape), self.parts.means
         distance = np.abs(samples[:, None] - points).max(axis=-1)
         return distance.argmin(axis=1), distance.min(axis=1)
 
@@ -298,7 +298,12 @@ def _check_time(t, first, last):
         raise ValueError(f"t must lie in {first}..{last}, not {t}")
 
 
-def _flat(x, shape):
+def flatten(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """x [n, *shape] as float64 [n, d].
+
+    Raises:
+      ValueError: another shape.
+    """
     x = np.asarray(x, dtype=np.float64)
     if x.shape[1:] != shape:
         raise ValueError(f"the data have shape {list(shape)}, but [n, *shape] is {list(x.shape)}")

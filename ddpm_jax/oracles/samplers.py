@@ -12,7 +12,7 @@ import numpy as np
 
 from ddpm_jax.diffusion import Process
 from ddpm_jax.oracles.chains import Chain, chain, model_variance
-from ddpm_jax.oracles.distributions import Gaussian, _flat, posterior
+from ddpm_jax.oracles.distributions import Gaussian, flatten, posterior
 from ddpm_jax.sampling import METHODS
 
 
@@ -104,7 +104,7 @@ def moments_z(samples: np.ndarray, gaussian: Gaussian) -> MomentsZ:
     Raises:
       ValueError: the samples have another shape.
     """
-    x, d = _flat(samples, gaussian.shape), gaussian.mean.size
+    x, d = flatten(samples, gaussian.shape), gaussian.mean.size
     covariance = np.broadcast_to(gaussian.covariance, (d, d))
     if gaussian.parts.basis is None:
         covariance = np.diag(gaussian.parts.variances[0])
