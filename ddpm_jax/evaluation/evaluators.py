@@ -205,10 +205,11 @@ class QualityEvaluator:
         self._compute = reference.compile_extractor(self._extractor, run.layout, self._batch)
         self._sampler: Callable[..., generation.Drawn] | None = None
         self._references: dict[str, reference.Reference] = {}
+        if e.statistics:  # A file that does not fit is found now.
+            self._reference(self._source)
         how, num_steps = config.sample, config.diffusion.num_steps
+        real = reference.data_protocol(self._source, e.reference_count)
         protocol = {
-            "reference": reference.data_protocol(self._source, e.reference_count)
-            | {"mirror": e.reference_mirror},
             "samples": e.count,
             "features": {"name": features, **self._extractor.identity},
             **_model_protocol(run),
@@ -219,8 +220,15 @@ class QualityEvaluator:
             "rounding": "nearest of 256 levels",
         }
         estimator = {"seed": config.seed}
-        kinds = names.results(tuple(f"{m}_{features}" for m in metrics), (), e.count)
-        self.asked = {name: Asked(kind, protocol, estimator) for name, kind in kinds.items()}
+        self.asked = {}
+        for metric in metrics:
+            beside = {} if metric == "is" else {"reference": real | {"mirror": e.reference_mirror}}
+            if metric == "nearest" and self._held_out is not None:
+                beside["held_out"] = reference.data_protocol(self._held_out, 0)
+            asked = Asked(names.KINDS[metric], protocol | beside, estimator)
+            self.asked |= {
+                names.quality_name(value, features, e.count): asked for value in asked.kind.values
+            }
 
     def __call__(
         self,
