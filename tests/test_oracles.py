@@ -228,7 +228,7 @@ def test_no_digit_is_lost_between_images_that_differ_in_one_pixel():
     root, rest, a, b = c.sqrt_alpha_bar[times], c.one_minus_alpha_bar[times], *images[:, 7]
     logit = root * (b - a) * (2 * np.float64(x_t[:, 7]) - root * (a + b)) / (2 * rest)
     share = 1 / (1 + np.exp(-logit))
-    np.testing.assert_allclose((got[:, 7] - a) / (b - a), share, atol=2e-4)
+    np.testing.assert_allclose((got[:, 7] - a) / (b - a), share, atol=2e-5)
     np.testing.assert_allclose(
         np.delete(got, 7, 1), np.delete(images[:1], 7, 1) + 0 * noise[:, 1:], atol=1e-6
     )

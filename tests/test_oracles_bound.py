@@ -108,11 +108,15 @@ def test_each_term_of_gaussian_data_is_its_double_integral(clip, variance):
     assert got[-1] * np.log(2) == pytest.approx(prior, rel=1e-6)
 
 
-@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize(
+    "variance, stretch", [*((v, 1.0) for v in VARIANCES), ("fixed_small", 1.25)]
+)
 @pytest.mark.parametrize("t", [1, 2, 5])
-def test_each_term_of_points_is_its_integral(variance, t):
-    """By adaptive quadrature over x_t, with Bayes' rule and the KL written out."""
-    points, weights = LINE_POINTS.points[:, 0], LINE_POINTS.weights
+def test_each_term_of_points_is_its_integral(variance, stretch, t):
+    """By adaptive quadrature over x_t, with Bayes' rule and the KL written out. Clipping matters
+    to points beyond [−1, 1] alone."""
+    data = oracles.Points(stretch * LINE_POINTS.points, LINE_POINTS.weights)
+    points, weights = data.points[:, 0], data.weights
     root, rest = EXACT.sqrt_alpha_bar[t], EXACT.one_minus_alpha_bar[t]
 
     def integrand(x_t):
@@ -127,6 +131,7 @@ def test_each_term_of_points_is_its_integral(variance, t):
         if variance == "learned_range":
             raw = 2 * (np.log(best) - small) / (large - small) - 1
         log_sigma2 = reference.log_variance(EXACT, variance, np.array([raw]), np.array([t]), [0.0])
+        x0_hat = np.clip(x0_hat, -1, 1)
         if t == 1:
             terms = simple_decoder(points, x0_hat, np.exp(0.5 * log_sigma2))
         else:
@@ -134,13 +139,13 @@ def test_each_term_of_points_is_its_integral(variance, t):
             terms = reference.gaussian_kl(mean, small, 0, log_sigma2)
         return joint @ terms
 
-    reach = root + 8 * np.sqrt(rest)
+    reach = stretch * root + 8 * np.sqrt(rest)
     cuts = np.concatenate([[-reach], root * np.linspace(-1, 1, 9), [reach]])
     expected = sum(
         integrate.quad(integrand, a, b, epsabs=1e-11, epsrel=1e-10, limit=200)[0]
         for a, b in itertools.pairwise(cuts)
     )
-    got = oracles.bound(LINE_POINTS, Process(SCHEDULE, "eps", variance))
+    got = oracles.bound(data, Process(SCHEDULE, "eps", variance))
     assert got[t - 1] * np.log(2) == pytest.approx(expected, rel=1e-6)
 
 
@@ -173,7 +178,9 @@ def test_the_paper_s_fixed_variances_are_optimal_where_it_says():
     small = oracles.bound(one, Process(SCHEDULE, "v", "fixed_small"))
     np.testing.assert_array_equal(small[1:-1], 0)
     np.testing.assert_allclose(
-        oracles.optimal_variance(one, SCHEDULE)[2:], EXACT.posterior_variance[2:], rtol=1e-6
+        oracles.optimal_variance(one, SCHEDULE)[1:],
+        EXACT.posterior_variance[[2, *range(2, 7)]],
+        rtol=1e-6,
     )
 
 
@@ -195,7 +202,7 @@ def test_the_best_isotropic_variance_minimises_the_bound_of_isotropic_models():
 
 
 def three_steps(prediction, variance):
-    betas = [0.02, 0.3, 0.7]
+    betas = [0.3, 0.2, 0.5]  # σ_t² < 2 β̃_t: otherwise the weights' variance is infinite.
     schedule = schedules.from_betas(betas)
     return reference.derive(betas), Process(schedule, prediction, variance)
 
@@ -252,7 +259,7 @@ def test_sampled_likelihoods_fall_from_the_bound_to_the_exact_one(prediction, va
     likelihoods = np.exp2(-nll)
     mean, error = likelihoods.mean(axis=1), likelihoods.std(axis=1) / np.sqrt(count)
     assert (np.abs(mean - np.exp2(-exact)) < 4 * error + 1e-4 * mean).all()
-    assert (error < 0.2 * mean).all()
+    assert (error < 0.05 * mean).all()
 
 
 METHODS = [("ancestral", 0.0), ("ddim", 0.0), ("ddim", 0.5), ("ddim", 1.0)]

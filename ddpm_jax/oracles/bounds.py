@@ -236,7 +236,8 @@ def importance_nll(
     −log of the mean over paths x_{1:T} ~ q(x_{1:T}|x_0) of p_θ(x_{0:T})/q(x_{1:T}|x_0), Eq. 3.
     Its expectation is the bound for one path, falls with their number and tends to −log p_θ(x_0)
     from above (Burda, Grosse and Salakhutdinov 2016, arXiv:1509.00519, Theorem 1). Each path
-    calls the network T times; paths run one after another in one compiled loop.
+    calls the network T times; paths run one after another in one compiled loop. Where σ²_t is above
+    2 β̃_t (fixed_large at small t) the weights' variance is infinite, and many paths are needed.
 
     Args:
       denoiser: any network.
