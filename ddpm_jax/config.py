@@ -15,6 +15,7 @@ import importlib.util
 import json
 import math
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -155,6 +156,26 @@ def override(config: ml_collections.ConfigDict, key: str, value: Any) -> None:
     group, _, leaf = key.rpartition(".")
     node = get(config, group) if group else config
     node[leaf] = _converted(key, value, FIELDS[key].default)
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """(dotted key, text) of each `--config.key=value` or `--config.key value`.
+
+    Raises:
+      RequestError: anything else, or a missing value.
+    """
+    overrides, rest = [], list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        key, equals, value = flag.removeprefix("--config.").partition("=")
+        if not flag.startswith("--config."):
+            raise RequestError(f"unknown argument {flag}; see --help")
+        if not equals:
+            if not rest:
+                raise RequestError(f"{flag} needs a value")
+            value = rest.pop(0)
+        overrides.append((key, value))
+    return overrides
 
 
 def _converted(key: str, value: Any, default: Any) -> Any:

@@ -61,24 +61,15 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]
     parser.add_argument("--num_processes", type=int, help="with --coordinator: how many there are")
     parser.add_argument("--process_id", type=int, help="with --coordinator: which one this is")
     known, rest = parser.parse_known_args(argv)
-    overrides = []
-    while rest:
-        flag = rest.pop(0)
-        key, equals, value = flag.removeprefix("--config.").partition("=")
-        if not flag.startswith("--config."):
-            raise RequestError(f"unknown argument {flag}; see --help")
-        if not equals:
-            if not rest:
-                raise RequestError(f"{flag} needs a value")
-            value = rest.pop(0)
-        overrides.append((key, value))
-    return known, overrides
+    return known, config_lib.parse_overrides(rest)
 
 
 def resolve(
     args: argparse.Namespace, overrides: Sequence[tuple[str, str]]
 ) -> ml_collections.ConfigDict:
     """The valid config of a request: the file's, or else the run's own, with the overrides.
+
+    A self-test, which is of no run, takes the default one.
 
     Raises:
       RequestError: see `config.validate`; or the request names neither.
@@ -87,6 +78,8 @@ def resolve(
         config = config_lib.load_file(args.config)
     elif args.workdir:
         config = runs.RunDirectory.of(args.workdir).load_config()
+    elif args.selftest:
+        config = config_lib.default_config()
     else:
         raise RequestError("--config=FILE is needed, e.g. --config=configs/digits.py")
     for key, value in overrides:

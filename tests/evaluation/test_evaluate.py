@@ -261,6 +261,14 @@ def test_bad_requests_are_one_clear_line(run_directory, tmp_path, capsys, case):
     assert not (run_directory / "evaluation").exists()
 
 
+def test_a_selftest_without_weights_names_them(tmp_path, capsys):
+    cache = f"--config.evaluation.cache_dir={tmp_path}"
+    assert main(["--mode=evaluate", "--selftest", cache]) == 2
+    error = capsys.readouterr().err
+    assert "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2" in error
+    assert error.count("\n") == 1
+
+
 def test_a_checkpoint_that_does_not_exist_is_named(run_directory, capsys):
     assert evaluate(run_directory, evaluation__checkpoint=7) == 1
     assert "no checkpoint 7" in capsys.readouterr().err
