@@ -5,6 +5,7 @@
 
 Cost: about three minutes on two CPU cores.
 Expected: digits that anyone recognises; see the README for what a classifier says of them.
+Evaluation takes 30 of the bound's 1,000 terms, stratified: unbiased, and little less precise.
 The cosine schedule, since of the linear one's T steps an image of 8×8 is noise for most.
 """
 
@@ -42,6 +43,7 @@ def get_config(variants: str = "") -> ml_collections.ConfigDict:
     config.evaluation.update(
         metrics=("bits_per_dim", "fd_pixels", "kd_pixels", "nearest_pixels"),
         split=("test", "train"),
+        terms=30,
         count=1000,
     )
     return apply_variants(config, variants)

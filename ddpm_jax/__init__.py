@@ -7,6 +7,7 @@ from ddpm_jax import (
     likelihood,
     losses,
     models,
+    oracles,
     sampling,
     schedules,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "likelihood",
     "losses",
     "models",
+    "oracles",
     "sampling",
     "schedules",
 ]
