@@ -105,7 +105,7 @@ FIELDS: dict[str, Field] = {
     "evaluation.max_images": Field(0, "images of a split, evenly spread; 0: all of them", low=0),
     "evaluation.steps": Field(0, "length of the chain whose bound is measured; 0: all T", low=0),
     "evaluation.terms": Field(
-        0, "of each image's T terms, this many, stratified and unbiased; 0: all", low=0
+        0, "of an image's T terms this many, stratified and unbiased; 0: all", low=0
     ),
     "evaluation.draws": Field(1, "draws of the noise for each image's bound", low=1),
     "evaluation.clip": Field(True, "clip x̂_0 to [−1, 1] in the bound"),

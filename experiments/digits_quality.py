@@ -22,6 +22,7 @@ from etils import epath
 from ddpm_jax import config as config_lib
 from ddpm_jax import figures
 from ddpm_jax.data import Source, open_source
+from ddpm_jax.evaluation.neighbors import neighbors_of
 from ddpm_jax.generation import load_images
 from ddpm_jax.runs import RunDirectory
 
@@ -45,7 +46,7 @@ def quality(images: np.ndarray, train: Source, test: Source) -> dict[str, Any]:
     result = {}
     for name, flat in (("samples", _flat(images)), ("real test digits", held_out)):
         probabilities = classifier.predict_proba(flat / 255)
-        distances, _ = nearest(flat, reference)
+        distances = neighbors_of(flat, reference).distances[:, 0]
         classes = np.bincount(probabilities.argmax(axis=1), minlength=10) / len(flat)
         result[name] = {
             "count": len(flat),
@@ -57,16 +58,6 @@ def quality(images: np.ndarray, train: Source, test: Source) -> dict[str, Any]:
             "copies": int((distances < 1).sum()),
         }
     return result
-
-
-def nearest(queries: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The RMSE to, and the position of, the nearest row of reference, for each query row."""
-    squares = (queries**2).sum(axis=1)[:, None] + (reference**2).sum(axis=1)
-    squares -= 2 * queries @ reference.T
-    positions = squares.argmin(axis=1)
-    rows = np.arange(len(queries))
-    smallest = np.maximum(squares[rows, positions], 0)
-    return np.sqrt(smallest / queries.shape[1]), positions
 
 
 def _flat(images: np.ndarray) -> np.ndarray:
@@ -96,7 +87,7 @@ def main() -> None:
 
 def _picture(path: epath.Path, images: np.ndarray, train: Source) -> None:
     reference = train.images(np.arange(len(train)))
-    _, positions = nearest(_flat(images), _flat(reference))
+    positions = neighbors_of(_flat(images), _flat(reference)).positions[:, 0]
     pair = np.concatenate([images, reference[positions]])
     figures.save_png(path, figures.grid(pair, columns=len(images)))
     print(f"samples (top) and their nearest training digits (bottom): {path}")

@@ -20,15 +20,13 @@ from ddpm_jax.config import RequestError
 from ddpm_jax.data import Source, open_source
 from ddpm_jax.evaluation import bound, cost, names, reference
 from ddpm_jax.evaluation.features import Extractor, make_extractor
-from ddpm_jax.evaluation.frechet import fd, fd_infinity
 from ddpm_jax.evaluation.manifest import Measured, digest
-from ddpm_jax.evaluation.metrics import Estimate, inception_score, kd
-from ddpm_jax.evaluation.neighbors import nearest_neighbors, neighbors_of, prdc
+from ddpm_jax.evaluation.neighbors import neighbors_of
+from ddpm_jax.evaluation.quality import METRICS, Sets
 from ddpm_jax.parts import collect
 from ddpm_jax.runs import Run, RunDirectory, fingerprint, image_shape
 
 Say = Callable[[str], None]
-LEAST = {"fd": 2, "kd": 4, "is": 10, "prdc": 6, "fdinf": 30, "nearest": 2}
 NEIGHBORS_SHOWN = 16
 
 
@@ -107,13 +105,14 @@ class BoundEvaluator:
         wanted = min(e.batch_size, len(self._positions))
         self._batch = generation.padded_batch(wanted, run.layout)
         self._process = sampling.shorten(run.process, e.steps) if e.steps else run.process
+        self._terms = e.terms if e.terms < self._process.schedule.num_steps else 0
         self._compute = bound.compile_terms(
             run.layout,
             self._process,
             run.apply,
             run.params_sharding,
             run.config.seed,
-            e.terms,
+            self._terms,
             e.clip,
         )
         self._announced = False
@@ -124,7 +123,7 @@ class BoundEvaluator:
             "clip": e.clip,
             "decoder": "discretised Gaussian, 256 levels",
         }
-        estimator = {"seed": run.config.seed, "terms": e.terms or "all", "draws": e.draws}
+        estimator = {"seed": run.config.seed, "terms": self._terms or "all", "draws": e.draws}
         kinds = names.results((names.BOUND,), (split,), 0)
         self.asked = {name: Asked(kind, protocol, estimator) for name, kind in kinds.items()}
 
@@ -144,12 +143,12 @@ class BoundEvaluator:
             self._announced = True
             batches = -(-n // self._batch) * e.draws
             cost.announce(
-                f"bits/dim of {self._split}: {n:,} images × {e.terms or num_steps:,} terms",
+                f"bits/dim of {self._split}: {n:,} images × {self._terms or num_steps:,} terms",
                 run.layout,
                 run.apply,
                 run.params,
                 (self._batch, *image_shape(run.config)),
-                batches * (e.terms or num_steps),
+                batches * (self._terms or num_steps),
                 self._say,
             )
         keep: dict[str, Any] = {"stop": stop}
@@ -166,7 +165,7 @@ class BoundEvaluator:
             self._positions,
             self._batch,
             num_steps,
-            e.terms,
+            self._terms,
             e.draws,
             self._say,
             **keep,
@@ -245,42 +244,27 @@ class QualityEvaluator:
         held_out = self._reference(self._held_out) if self._held_out is not None else None
         images, outside = self._samples(run, directory, stop)
         found = self._features(run, images, directory, stop)
-        features = found["features"]
+        sets = Sets(
+            found["features"],
+            found.get("logits"),
+            *((real.features, real.statistics) if real else (None, None)),
+            held_out.features if held_out else None,
+            run.config.seed,
+        )
         count = len(images)
         details = {"outside": float(outside.mean())}
         for metric in self._metrics:
             values = names.KINDS[metric].values
             if not any(names.quality_name(v, name, count) in wanted for v in values):
                 continue
-            for value, estimate in self._estimates(metric, found, real, held_out).items():
+            for value, estimate in METRICS[metric][1](sets).items():
                 result = names.quality_name(value, name, count)
                 more = details | estimate.details
                 yield result, _measured(*estimate[:2], self.asked[result], more)
             if metric == "nearest" and directory is not None and jax.process_index() == 0:
                 picture = directory.evaluation / f"step{run.step}_nearest_{name}.png"
-                self._show(picture, images, features, real)
+                self._show(picture, images, sets)
                 self._say(f"samples over their nearest of {self._source.split}: {picture}")
-
-    def _estimates(
-        self,
-        metric: str,
-        found: dict[str, np.ndarray],
-        real: reference.Reference | None,
-        held_out: reference.Reference | None,
-    ) -> dict[str, Estimate]:
-        features = found["features"]
-        if metric == "is":
-            return {"is": inception_score(found["logits"])}
-        if metric == "fd":
-            return {"fd": fd(features, real.statistics)}
-        if metric == "kd":
-            return {"kd": kd(features, real.features)}
-        if metric == "prdc":
-            return prdc(features, real.features)
-        if metric == "fdinf":
-            return {"fdinf": fd_infinity(features, real.statistics, self._run.config.seed)}
-        others = None if held_out is None else held_out.features
-        return {"nearest": nearest_neighbors(features, real.features, others)}
 
     def _reference(self, source: Source) -> reference.Reference:
         """Computed once for all calls."""
@@ -352,11 +336,10 @@ class QualityEvaluator:
         self,
         path: Any,
         images: np.ndarray,
-        features: np.ndarray,
-        real: reference.Reference,
+        sets: Sets,
     ) -> None:
         shown = slice(0, NEIGHBORS_SHOWN)
-        nearest = neighbors_of(features[shown], real.features, 1).positions[:, 0]
+        nearest = neighbors_of(sets.features[shown], sets.real).positions[:, 0]
         e = self._run.config.evaluation
         positions = reference.evenly(len(self._source), e.reference_count)
         neighbors = self._source.images(positions[nearest % len(positions)])
@@ -388,7 +371,8 @@ def _check_metrics(extractor: Extractor, metrics: list[str], count: int) -> None
                 f"config.evaluation.metrics=is_{extractor.name}: these weights have no logits; "
                 "use pt_inception-2015-12-05-6726825d.pth"
             )
-        if count < LEAST[metric]:
+        least, _ = METRICS[metric]
+        if count < least:
             raise RequestError(
-                f"config.evaluation.count={count}: {metric} needs at least {LEAST[metric]} samples"
+                f"config.evaluation.count={count}: {metric} needs at least {least} samples"
             )

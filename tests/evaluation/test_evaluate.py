@@ -229,8 +229,10 @@ BAD = {
     "no split": ({"evaluation__split": "tst"}, "has the splits train, test"),
     "more than there are": ({"evaluation__max_images": 999}, "only 256 images"),
     "reference count": ({"evaluation__reference_count": 1600}, "only 1541 images"),
-    "long chain": ({"evaluation__steps": 21}, "evaluation.steps=21 is more than the 20"),
-    "many terms": ({"evaluation__terms": 21}, "evaluation.terms=21 is more than the 20"),
+    "long chain": (
+        {"evaluation__steps": 21},
+        "evaluation.steps=21 is more than diffusion.num_steps=20",
+    ),
     "one term": ({"evaluation__terms": 1}, "choose 2 or more"),
     "no weights": ({"evaluation__metrics": "fid"}, "pt_inception-2015-12-05-6726825d.pth"),
     "no best": ({"evaluation__checkpoint": "best"}, "train.keep_best"),
