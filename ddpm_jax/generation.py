@@ -18,7 +18,7 @@ from ddpm_jax.config import RequestError
 from ddpm_jax.data import to_uint8
 from ddpm_jax.diffusion import Process
 from ddpm_jax.models import UNet
-from ddpm_jax.parallel import Layout, to_host
+from ddpm_jax.parallel import Layout, first_hosts, to_host, wait_for_all
 from ddpm_jax.parts import collect
 from ddpm_jax.runs import Run, fingerprint, image_shape
 from ddpm_jax.training.metrics import NonFiniteError
@@ -173,7 +173,7 @@ def generate(
     kind = ("" if run.kind == "ema" else f"_{run.kind}") + ("" if how.clip else "_unclipped")
     sampler_name = f"{how.method}{protocol['steps']}{eta}{kind}"
     target = directory / f"step{run.step}_{sampler_name}_seed{config.seed}_{how.count}.npz"
-    if target.exists():
+    if first_hosts(np.array(target.exists())):
         _check_drawn_alike(target, protocol)
         return target
     parts = directory / f"{target.stem}.parts"
@@ -184,6 +184,7 @@ def generate(
     if jax.process_index() == 0:
         _save(target, drawn, protocol)
         parts.rmtree()
+    wait_for_all(f"samples {target}")
     return target
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import sys
 from types import TracebackType
@@ -23,9 +24,11 @@ class Watch:
     stops all of them, after the same step.
     """
 
+    # Of all watches: a sync point is a question's number, which must not come twice.
+    _questions = itertools.count(1)
+
     def __init__(self) -> None:
         self._requested = False
-        self._questions = 0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Watch:
@@ -38,8 +41,7 @@ class Watch:
         """Whether to stop now; every host must ask equally often."""
         if jax.process_count() == 1:
             return self._requested
-        self._questions += 1
-        return multihost_utils.reached_preemption_sync_point(self._questions)
+        return multihost_utils.reached_preemption_sync_point(next(Watch._questions))
 
     def __exit__(
         self,

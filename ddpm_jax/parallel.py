@@ -101,6 +101,28 @@ def from_host(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
 
 
+def first_hosts(values: np.ndarray) -> np.ndarray:
+    """The first host's values on every host: what depends on a disk is decided by one of them.
+
+    Args:
+      values: of equal shape and dtype on all hosts.
+    """
+    values = np.asarray(values)
+    if jax.process_count() == 1:
+        return values
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.broadcast_one_to_all(values))
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every host has called it, so that what the first one wrote can be read."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
 def to_host(x: jax.Array) -> np.ndarray:
     """The whole of an array that may be spread over hosts, on every host."""
     if x.is_fully_addressable or x.is_fully_replicated:

@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from ddpm_jax import files
 from ddpm_jax.config import RequestError
 from ddpm_jax.interruption import Interrupted, Watch
+from ddpm_jax.parallel import wait_for_all
 from ddpm_jax.progress import Progress
 
 Arrays = dict[str, np.ndarray]
@@ -54,8 +54,7 @@ def collect(
     if directory is not None:
         _check_protocol(directory, protocol)
         pieces = {start: (length, _read(path)) for start, length, path in _kept(directory)}
-        if jax.process_count() > 1:  # Nobody writes before all have listed.
-            multihost_utils.sync_global_devices(str(directory))
+        wait_for_all(f"parts of {directory}")  # Nobody writes before all have listed.
         if first_host:
             files.replace(directory / "protocol.json", json.dumps(protocol))
     progress = Progress(0, count, first_host, say, unit)

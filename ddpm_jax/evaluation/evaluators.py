@@ -23,6 +23,7 @@ from ddpm_jax.evaluation.features import Extractor, make_extractor
 from ddpm_jax.evaluation.manifest import Measured, digest
 from ddpm_jax.evaluation.neighbors import neighbors_of
 from ddpm_jax.evaluation.quality import METRICS, Sets
+from ddpm_jax.parallel import first_hosts
 from ddpm_jax.parts import collect
 from ddpm_jax.runs import Run, RunDirectory, fingerprint, image_shape
 
@@ -320,7 +321,7 @@ class QualityEvaluator:
             return collect(len(images), self._batch, piece, "image", self._say, stop=stop)
         key = digest(generation.sampling_protocol(run), self._extractor.identity)
         path = directory.evaluation / f"step{run.step}_{self._extractor.name}_{key}.npz"
-        if path.exists():
+        if first_hosts(np.array(path.exists())):
             with path.open("rb") as file, np.load(file) as saved:
                 return dict(saved)
         keep = {"directory": path.with_suffix(".parts"), "protocol": {"key": key}}

@@ -21,7 +21,7 @@ from ddpm_jax.data import Source
 from ddpm_jax.evaluation.features import Extractor
 from ddpm_jax.evaluation.frechet import Statistics, statistics_of
 from ddpm_jax.evaluation.manifest import differences
-from ddpm_jax.parallel import Layout, from_host, to_host
+from ddpm_jax.parallel import Layout, first_hosts, from_host, to_host
 from ddpm_jax.parts import collect
 
 PROBES = 64  # Images whose bytes tell one version of a set from another.
@@ -118,18 +118,11 @@ def load_reference(
     title = f"{extractor.name}_{source.name}_{source.split}_{len(positions)}".replace("/", "_")
     stem = f"{title}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     path = epath.Path(file or cache_dir).expanduser()
-    if not file:
-        path = path / f"{stem}.npz"
-    if file and not path.exists():
-        raise RequestError(f"config.evaluation.statistics={file}: no such file")
-    if path.exists():
-        try:
-            return _load(path, protocol)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            reason = str(error).splitlines()[0] if str(error) else repr(error)
-            if file:
-                raise RequestError(f"config.evaluation.statistics={file}: {reason}") from error
-            logging.getLogger(__name__).warning("%s is made again: %s", path, reason)
+    path = path if file else path / f"{stem}.npz"
+    total = len(positions) * (2 if mirror else 1)
+    there = _from_first_host(path, protocol, file, (total, _width(extractor, source)))
+    if there is not None:
+        return there
 
     def piece(start: int, length: int) -> dict[str, np.ndarray]:
         index = np.arange(start, start + length)
@@ -137,37 +130,70 @@ def load_reference(
         flip = (index >= len(positions))[:, None, None, None]
         return {"features": compute(np.where(flip, images[:, :, ::-1], images))["features"]}
 
-    total = len(positions) * (2 if mirror else 1)
     say(f"{extractor.name}: features of {total:,} images of {source.name}/{source.split}")
-    parts = path.parent / f"{stem}.parts"
+    # A cache need not be shared by the hosts, as pieces on several would have to be.
+    parts = path.parent / f"{stem}.parts" if jax.process_count() == 1 else None
     found = collect(total, batch, piece, "image", say, directory=parts, protocol=protocol)
     features = found["features"]
     reference = Reference(features, statistics_of(features), protocol)
     if jax.process_index() == 0:
         _save(path, reference)
+    if parts is not None:
         parts.rmtree()
     return reference
 
 
+_MISSING, _THERE, _REFUSED = range(3)
+
+
+def _from_first_host(
+    path: epath.Path, protocol: dict[str, Any], file: str, shape: tuple[int, int]
+) -> Reference | None:
+    """What the first host reads, on every host; None where it has no such file, or a damaged one.
+
+    Args:
+      file: the one asked for, which must be there and fit; "" where it is the cache's.
+      shape: of the features.
+    """
+    state, features, error = _MISSING, np.zeros(shape, np.float32), None
+    if jax.process_index() == 0:
+        try:
+            features, state = _load(path, protocol), _THERE
+        except FileNotFoundError:
+            error = "no such file"
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as reason:
+            error = str(reason).splitlines()[0] if str(reason) else repr(reason)
+            if not file:
+                logging.getLogger(__name__).warning("%s is made again: %s", path, error)
+        if file and error:
+            state = _REFUSED
+    state = int(first_hosts(np.array(state)))
+    if state == _REFUSED:
+        raise RequestError(f"config.evaluation.statistics={file}: {error or 'see the first host'}")
+    if state == _MISSING:
+        return None
+    features = first_hosts(features)
+    return Reference(features, statistics_of(features), protocol)
+
+
+def _width(extractor: Extractor, source: Source) -> int:
+    try:
+        return extractor.num_features(source.image_shape)
+    except ValueError as error:
+        raise RequestError(f"config.evaluation.metrics: {error}") from error
+
+
 def _save(path: epath.Path, reference: Reference) -> None:
     buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        features=reference.features,
-        mean=reference.statistics.mean,
-        covariance=reference.statistics.covariance,
-        protocol=json.dumps(reference.protocol),
-    )
+    np.savez(buffer, features=reference.features, protocol=json.dumps(reference.protocol))
     files.replace(path, buffer.getvalue())
 
 
-def _load(path: epath.Path, protocol: dict[str, Any]) -> Reference:
+def _load(path: epath.Path, protocol: dict[str, Any]) -> np.ndarray:
     with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
         there = json.loads(str(saved["protocol"]))
         differing = differences(there, json.loads(json.dumps(protocol)))
         if differing:
             key, (theirs, ours) = next(iter(differing.items()))
             raise ValueError(f"it holds features with {key}={theirs}, not {ours}")
-        features = saved["features"]
-        statistics = Statistics(saved["mean"], saved["covariance"], len(features))
-    return Reference(features, statistics, protocol)
+        return saved["features"]

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from ddpm_jax.evaluation import manifest
 from ddpm_jax.evaluation.evaluators import Evaluator, make_evaluators
 from ddpm_jax.evaluation.manifest import Manifest, Measured
+from ddpm_jax.parallel import first_hosts
 from ddpm_jax.runs import Run, RunDirectory, fingerprint, load
 
 
@@ -61,7 +63,12 @@ def evaluate_and_keep(
         )
         for name, asked in evaluator.asked.items()
     }
-    there = {name: manifest.load(path).measured for name, path in paths.items() if path.exists()}
+    exists = first_hosts(np.array([path.exists() for path in paths.values()]))
+    there = {
+        name: manifest.load(path).measured
+        for (name, path), is_there in zip(paths.items(), exists, strict=True)
+        if is_there
+    }
     wanted = [name for name in paths if name not in there]
     for name, measured in there.items():
         say(f"{name}: {measured.text()} ({paths[name].name}, measured before)")

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import socket
 
 import jax
 import numpy as np
@@ -318,3 +319,28 @@ def test_a_number_is_written_to_the_digits_that_its_error_leaves():
     assert manifest.Measured(123.4, 12.3).text() == "123 ± 12"
     assert manifest.Measured(1.25).text() == "1.25"
     assert manifest.Measured(1.2e-9, 3e-11).text() == "1.2e-09 ± 3e-11"
+
+
+@pytest.mark.slow
+def test_two_hosts_measure_the_same(evaluated, run_directory, tmp_path):
+    workdir = shutil.copytree(run_directory, tmp_path / "run")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {key.replace(".", "__"): value for key, value in SMALL.items()}
+    argv = arguments(
+        workdir, "evaluate", train__steps=10, evaluation__cache_dir=tmp_path / "c", **settings
+    )
+    hosts = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
+    processes = [start([*argv[1:], *hosts, f"--process_id={k}"]) for k in range(2)]
+    for process in processes:
+        out, error = process.communicate(timeout=300)
+        assert process.returncode == 0, out + error
+    two, one = found(workdir), found(evaluated)
+    assert two.keys() == one.keys()
+    assert two["bits_per_dim_test"]["provenance"]["hosts"] == 2
+    for name in ("bits_per_dim_test", "rate_test", "distortion_test", "rmse_test"):
+        assert two[name]["value"] == pytest.approx(one[name]["value"], rel=1e-5), name
+    for name in (f"fd_pixels_{COUNT}", f"kd_pixels_{COUNT}", f"nearest_pixels_{COUNT}"):
+        assert two[name]["value"] == pytest.approx(one[name]["value"], rel=1e-2), name
+    assert not list(workdir.glob("*/*.parts"))
