@@ -65,15 +65,20 @@ def _flat(images: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    """Reads the run's newest samples, writes and prints the answers."""
+    """Reads samples, writes and prints the answers."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workdir", required=True, help="a run of configs/digits.py")
-    directory = RunDirectory.of(parser.parse_args().workdir)
+    parser.add_argument("--samples", help="a file of --mode=sample; the run's newest, unless given")
+    args = parser.parse_args()
+    directory = RunDirectory.of(args.workdir)
     config = directory.load_config()
     files = sorted(directory.samples.glob("*.npz"), key=lambda path: path.stat().mtime)
+    if args.samples:
+        files = [path for path in [epath.Path(args.samples)] if path.is_file()]
     if not files:
         raise config_lib.RequestError(
-            f"no samples in {directory.samples}: run ddpm_jax.main --mode=sample first"
+            f"no samples in {args.samples or directory.samples}: run ddpm_jax.main --mode=sample "
+            "first"
         )
     images, protocol = load_images(files[-1])
     train, test = open_source(config, "train"), open_source(config, "test")
