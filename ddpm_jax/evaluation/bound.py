@@ -21,6 +21,7 @@ from ddpm_jax.data import to_float
 from ddpm_jax.diffusion import Process
 from ddpm_jax.parallel import Layout, from_host, make_layout, to_host
 from ddpm_jax.parts import collect
+from ddpm_jax.training.metrics import NonFiniteError
 
 Apply = Callable[[Any, jax.Array, jax.Array], jax.Array]  # (params, x_t, t) -> output.
 
@@ -207,6 +208,8 @@ def measure(
       draws: of the noise, for each image.
       say: prints a line.
       keep: directory, protocol and stop of `parts.collect`.
+    Raises:
+      NonFiniteError: an image's bound is not a number; nothing of its batch is kept.
     """
     weight = weights(num_steps, terms)
 
@@ -218,7 +221,14 @@ def measure(
             Terms(*(x[:length] for x in compute(params, images, padded, draw)))
             for draw in range(draws)
         ]
-        return _piece(drawn, weight, num_steps)
+        found = _piece(drawn, weight, num_steps)
+        bad = np.flatnonzero(~np.isfinite(found["total"]).all(axis=1))
+        if bad.size:
+            raise NonFiniteError(
+                f"bits/dim of {bad.size} of {length} images is not finite, first of number "
+                f"{chosen[bad[0]]}: the network's output is not; try another checkpoint"
+            )
+        return found
 
     pieces = collect(len(positions), batch, piece, "image", say, **keep)
     return _bound(pieces, all_terms=not terms)

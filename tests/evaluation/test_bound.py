@@ -13,6 +13,7 @@ from ddpm_jax.data import to_float
 from ddpm_jax.diffusion import Process
 from ddpm_jax.evaluation import bound
 from ddpm_jax.interruption import Interrupted
+from ddpm_jax.training.metrics import NonFiniteError
 
 T = 12
 PROCESS = Process(schedules.linear(T, 1e-3, 0.4), "eps", "fixed_small")
@@ -184,6 +185,14 @@ def test_a_strided_chain_is_measured_as_such():
     direct = jax.jit(lambda: likelihood.vlb_terms(short, network, to_float(IMAGES), noise_keys))()
     np.testing.assert_allclose(got.terms, direct.terms.mean(axis=0), rtol=2e-5)
     assert got.terms.shape == (5,)
+
+
+def test_a_bound_that_is_no_number_is_refused():
+    def broken(x_t, t):
+        return x_t * jnp.where(x_t[:, :1, :1] > 0, 1.0, jnp.nan)
+
+    with pytest.raises(NonFiniteError, match=r"of 3 images is not finite, first of number \d"):
+        bound.bits_per_dim(PROCESS, broken, IMAGES, batch=3, say=quiet)
 
 
 def test_images_that_are_none_are_refused():
