@@ -23,9 +23,11 @@ from ddpm_jax.evaluation.weights import load_inception
 
 NAMES = "inception, effnetlite0_<size> with a size in 32..512, pixels"
 CACHE_DIR = "~/.cache/ddpm_jax/evaluation"
+_EFFNET = "effnetlite0_"
 VERSION = 1  # Raised when the same name, weights and images would give other features.
 
-Apply = Callable[[Any, jax.Array], dict[str, jax.Array]]
+Array = jax.Array | np.ndarray
+Apply = Callable[[Any, Array], dict[str, Array]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,8 +38,10 @@ class Extractor:
     identity: JSON-able; features of equal identities are interchangeable, others are not.
     params: a pytree for `apply`.
     apply: (params, uint8 [n, h, w, c]) -> {"features": float32 [n, d]}, with "logits" float32
-      [n, classes] beside it if `has_logits`; a pure function that can be compiled.
+      [n, classes] beside it if `has_logits`; a pure function that can be compiled, unless
+      `on_host`.
     has_logits: whether it classifies, as an Inception score needs.
+    on_host: whether `apply` takes and returns NumPy arrays, and cannot be compiled.
     """
 
     name: str
@@ -45,13 +49,19 @@ class Extractor:
     params: Any
     apply: Apply
     has_logits: bool = False
+    on_host: bool = False
 
     def num_features(self, image_shape: tuple[int, int, int]) -> int:
         """The d of images of this shape (h, w, c).
 
+        One on the host is called with a black image for it; others are only traced.
+
         Raises:
           ValueError: it does not take such images.
         """
+        if self.on_host:
+            black = np.zeros((1, *image_shape), np.uint8)
+            return self.apply(self.params, black)["features"].shape[-1]
         images = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
         return jax.eval_shape(self.apply, self.params, images)["features"].shape[-1]
 
@@ -96,32 +106,35 @@ def from_function(
     identity: Mapping[str, Any] | None = None,
     params: Any = None,
     on_host: bool = False,
+    has_logits: bool = False,
 ) -> Extractor:
     """An extractor of one's own, e.g. from a network of another library.
 
     Args:
-      name: letters, digits and underscores, and none of the known names.
+      name: ASCII letters, digits and underscores, and none of the known names.
       function: images uint8 [n, h, w, c] -> features [n, d], the features of an image depending on
         that image alone. In JAX, unless `on_host`.
-      identity: JSON-able; what the features depend on, such as the weights' version. Features are
-        kept under the name and this: change it when the function changes.
+      identity: JSON-able; what the features depend on, such as the weights' version. Where features
+        of real images are kept in a file, they are found again by the name and this: change it when
+        the function changes.
       params: if given, a pytree that `function` then takes as its first argument; large arrays
         that the function held instead would be compiled into the program.
-      on_host: the function takes and returns NumPy arrays. To learn d, it is called with one black
-        image first.
+      on_host: the function takes NumPy arrays and is called as it is, never compiled. To learn d,
+        it is called with one black image first.
+      has_logits: the function classifies too, and returns {"features": [n, d],
+        "logits": [n, classes]}; an Inception score needs the logits.
     Raises:
       ValueError: the name is known or no name, or `params` are given to a function on the host.
+        Also from `apply`: the function returns something else.
     """
-    if known(name) or not re.fullmatch(r"\w+", name):
+    taken = known(name) or name.startswith(_EFFNET)
+    if taken or not re.fullmatch(r"[A-Za-z0-9_]+", name):
         raise ValueError(f"name={name}: choose letters, digits and underscores, and not {NAMES}")
     if on_host and params is not None:
         raise ValueError("params are for functions in JAX; one on the host keeps its own")
-    if params is None:
-        apply = functools.partial(_call_on_host if on_host else _call, function)
-    else:
-        apply = functools.partial(_call_with_params, function)
+    apply = functools.partial(_call, function, params is not None, on_host, has_logits)
     whole = {"network": "own", **(identity or {})}
-    return Extractor(name, whole, {} if params is None else params, apply)
+    return Extractor(name, whole, {} if params is None else params, apply, has_logits, on_host)
 
 
 def _inception(weights: str, cache_dir: str) -> Extractor:
@@ -154,30 +167,29 @@ def _pixels(params, images):
     return {"features": x.reshape(x.shape[0], -1)}
 
 
-def _call(function, params, images):
-    return _features(function(images), images)
-
-
-def _call_with_params(function, params, images):
-    return _features(function(params, images), images)
-
-
-def _call_on_host(function, params, images):
-    def call(images):
-        return np.asarray(_features(function(np.asarray(images)), images)["features"])
-
-    black = np.zeros((1, *images.shape[1:]), np.uint8)
-    shape = (images.shape[0], call(black).shape[1])
-    return {"features": jax.pure_callback(call, jax.ShapeDtypeStruct(shape, np.float32), images)}
-
-
-def _features(features, images):
-    if features.ndim != 2 or features.shape[0] != images.shape[0]:
+def _call(function, takes_params, on_host, has_logits, params, images):
+    found = function(params, images) if takes_params else function(images)
+    names = ("features", "logits") if has_logits else ("features",)
+    outputs = found if isinstance(found, Mapping) else {"features": found}
+    if set(outputs) != set(names):
         raise ValueError(
-            f"features [{images.shape[0]}, d] are needed, and the function gave "
-            f"{list(features.shape)}"
+            f"{' and '.join(names)} are needed (has_logits={has_logits}), and the function gave "
+            f"{', '.join(map(str, outputs)) or 'nothing'}"
         )
-    return {"features": features.astype(np.float32)}
+    as_array = np.asarray if on_host else jnp.asarray
+    return {name: _matrix(name, outputs[name], len(images), as_array) for name in names}
+
+
+def _matrix(name, values, n, as_array):
+    try:
+        array = as_array(values).astype(np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} [{n}, d] are needed, and the function gave a {type(values).__name__}"
+        ) from error
+    if array.ndim != 2 or array.shape[0] != n:
+        raise ValueError(f"{name} [{n}, d] are needed, and the function gave {list(array.shape)}")
+    return array
 
 
 def _rgb(images):
@@ -188,5 +200,5 @@ def _rgb(images):
 
 
 def _effnet_size(name: str) -> int | None:
-    match = re.fullmatch(r"effnetlite0_([1-9]\d{1,2})", name)
+    match = re.fullmatch(rf"{_EFFNET}([1-9][0-9]{{1,2}})", name)
     return int(match[1]) if match and 32 <= int(match[1]) <= 512 else None

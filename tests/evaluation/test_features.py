@@ -88,14 +88,27 @@ def test_effnet_features(effnet_weights):
             np.testing.assert_allclose(got[name], expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_grey_is_rgb_for_the_networks(effnet_weights):
-    extractor = features.make_extractor("effnetlite0_32")
-    apply = jax.jit(extractor.apply)
-    grey = apply(extractor.params, GREY)
-    same = apply(extractor.params, np.concatenate([GREY] * 3, axis=-1))
-    other = apply(extractor.params, RGB)
-    np.testing.assert_array_equal(grey["features"], same["features"])
-    assert np.abs(grey["features"] - other["features"]).max() > 1e-3
+class Seen:
+    """Stands for a network: its features are the images that it is given."""
+
+    def __init__(self, *args, **kwargs):
+        self.with_logits = True
+
+    def apply(self, variables, images):
+        return dict.fromkeys(("features", "logits", "2048", "logits_unbiased"), images)
+
+
+@pytest.mark.parametrize("name", ["inception", "effnetlite0_32"])
+def test_grey_is_rgb_for_the_networks(inception_weights, monkeypatch, name):
+    monkeypatch.setattr(inception, "Inception", Seen)
+    monkeypatch.setattr(efficientnet, "EfficientNetLite0", Seen)
+    monkeypatch.setattr(
+        efficientnet, "load_efficientnet", lambda: LoadedWeights({}, "0123", "lite0.pth", True)
+    )
+    extractor = features.make_extractor(name)
+    for images, expected in ((GREY, np.concatenate([GREY] * 3, axis=-1)), (RGB, RGB)):
+        seen = extractor.apply(extractor.params, images)
+        np.testing.assert_array_equal(seen["features"], expected)
     with pytest.raises(ValueError, match="not 4 channels"):
         extractor.num_features((8, 8, 4))
 
@@ -166,22 +179,81 @@ def on_host(images):
 )
 def test_functions_of_ones_own(extractor):
     assert extractor.num_features((4, 5, 3)) == 3 and not extractor.has_logits
-    for apply in (extractor.apply, jax.jit(extractor.apply)):
+    for apply in (
+        (extractor.apply,) if extractor.on_host else (extractor.apply, jax.jit(extractor.apply))
+    ):
         got = apply(extractor.params, RGB)
         assert got["features"].dtype == np.float32
         np.testing.assert_allclose(got["features"], 2 * RGB.mean(axis=(1, 2)), rtol=1e-6)
 
 
-def test_functions_that_do_not_fit():
-    for name in ("inception", "effnetlite0_64", "", "a-b"):
-        with pytest.raises(ValueError, match="choose letters"):
-            features.from_function(name, double_mean)
+def test_a_function_on_the_host_is_called_outside_of_any_program():
+    # A callback from a program of several devices can wait for itself.
+    extractor = features.from_function("mine", on_host, on_host=True)
+    assert extractor.on_host and not features.make_extractor("pixels").on_host
+    assert type(extractor.apply(extractor.params, RGB)["features"]) is np.ndarray
+
+
+@pytest.mark.parametrize("host", [False, True])
+def test_functions_that_classify(host):
+    def both(images):
+        mean = double_mean(images)
+        return {"logits": mean[:, :2] - 300, "features": mean}
+
+    extractor = features.from_function("mine", both, on_host=host, has_logits=True)
+    assert extractor.has_logits and extractor.num_features((4, 5, 3)) == 3
+    got = (extractor.apply if host else jax.jit(extractor.apply))(extractor.params, RGB)
+    assert got.keys() == {"features", "logits"} and got["logits"].dtype == np.float32
+    expected = 2 * RGB.mean(axis=(1, 2))
+    np.testing.assert_allclose(got["features"], expected, rtol=1e-6)
+    np.testing.assert_allclose(got["logits"], expected[:, :2] - 300, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *["inception", "pixels", "effnetlite0_64", "effnetlite0_999", "effnetlite0_064"],
+        *["effnetlite0_٦٤", "", "a-b", "mine\n", "größe", "a b"],
+    ],
+)
+def test_names_that_are_taken_or_no_names(name):
+    with pytest.raises(ValueError, match="choose letters"):
+        features.from_function(name, double_mean)
+    assert not features.known("effnetlite0_٦٤")
+
+
+def test_params_of_a_function_on_the_host():
     with pytest.raises(ValueError, match="params are for functions in JAX"):
         features.from_function("mine", double_mean, params=1, on_host=True)
-    for host in (False, True):
-        wrong = features.from_function("mine", lambda x: x.mean(axis=(1, 2, 3)), on_host=host)
-        with pytest.raises(ValueError, match=r"features \[1, d\] are needed"):
-            wrong.num_features((4, 5, 3))
+
+
+@pytest.mark.parametrize("host", [False, True])
+@pytest.mark.parametrize(
+    ("result", "has_logits", "message"),
+    [
+        (np.zeros(1), False, r"features \[1, d\] are needed, and the function gave \[1\]"),
+        (np.zeros((2, 3)), False, r"and the function gave \[2, 3\]"),
+        ([1], False, r"and the function gave \[1\]"),
+        (None, False, r"features \[1, d\] are needed, and the function gave "),
+        ("text", False, r"features \[1, d\] are needed, and the function gave "),
+        (np.zeros((1, 2)), True, r"features and logits are needed .*gave features"),
+        ({"features": np.zeros((1, 2))}, True, r"features and logits are needed .*gave features"),
+        (
+            {"features": np.zeros((1, 2)), "logits": np.zeros((1, 2))},
+            False,
+            r"features are needed \(has_logits=False\), .*gave features, logits",
+        ),
+        (
+            {"features": np.zeros((1, 2)), "logits": np.zeros(2)},
+            True,
+            r"logits \[1, d\] are needed, and the function gave \[2\]",
+        ),
+    ],
+)
+def test_functions_that_do_not_fit(host, result, has_logits, message):
+    wrong = features.from_function("m", lambda x: result, on_host=host, has_logits=has_logits)
+    with pytest.raises(ValueError, match=message):
+        wrong.num_features((4, 5, 3))
 
 
 def test_extractors_are_pure_functions_of_params_and_images(effnet_weights):
