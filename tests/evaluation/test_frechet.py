@@ -121,6 +121,7 @@ def test_a_shift_costs_its_square_whatever_the_rank(n):
     assert 0 <= same.value < 1e-11
     assert same.standard_error < 1e-10
     assert same.details["rank_deficient"] == (n <= 12)
+    assert ("bias" in same.details) == (n > 12)
 
 
 def test_the_distance_is_never_below_zero():
@@ -136,6 +137,40 @@ def test_the_bias_in_one_dimension_has_a_closed_form():
     estimate = frechet.fd(x, Statistics(np.ones(1), np.full((1, 1), 4.0), 9))
     s = x.std(ddof=1)
     assert estimate.details["bias"] == pytest.approx((s**2 + 2 * 2 * s / 4) / 200, rel=1e-12)
+
+
+@pytest.mark.parametrize(("n", "least"), [(20, 0.7), (50, 0.85)])
+def test_the_bias_is_a_lower_bound_where_samples_are_few(n, least):
+    """Of equal Gaussians, whose distance is all bias; at n = 5 d nearly all of it is told."""
+    rng = np.random.default_rng(16)
+    estimates = [frechet.fd(rng.normal(size=(n, 10)), population(10)) for _ in range(200)]
+    claimed = np.mean([e.details["bias"] for e in estimates])
+    assert least < claimed / np.mean([e.value for e in estimates]) < 1
+
+
+@pytest.mark.parametrize("function", [frechet.fd, lambda x, y: frechet.fd_infinity(x, y, 3)])
+def test_the_reference_may_be_features(function):
+    x, y = np.random.default_rng(17).normal(size=(2, 90, 4))
+    assert function(x, np.float32(y)) == function(x, frechet.statistics_of(np.float32(y)))
+
+
+def test_the_reference_is_decomposed_once(monkeypatch):
+    x, y = np.random.default_rng(18).normal(size=(2, 90, 4))
+    reference, decomposed, eigh = frechet.statistics_of(y), [], np.linalg.eigh
+    expected = frechet.fd(x, frechet.statistics_of(y))
+    monkeypatch.setattr(
+        np.linalg, "eigh", lambda a: (decomposed.append(a is reference.covariance), eigh(a))[1]
+    )
+    assert frechet.fd(x, reference) == frechet.fd(x, reference) == expected
+    frechet.fd_infinity(x, reference, 0)
+    frechet.frechet_distance(frechet.statistics_of(x), reference)
+    assert sum(decomposed) == 1
+    # Other statistics made from these have their own.
+    moved = reference._replace(covariance=4 * reference.covariance)
+    assert frechet.fd(x, moved).value == pytest.approx(
+        frechet.frechet_distance(frechet.statistics_of(x), Statistics(*moved)), rel=1e-12
+    )
+    assert frechet.fd(x, moved).value > 2 * expected.value
 
 
 def test_sets_without_spread_are_points():
@@ -297,6 +332,25 @@ def test_fd_infinity_has_little_bias_and_the_error_that_it_claims(d, shift, scal
     assert np.mean([e.details["largest"] for e in estimates]) > true
 
 
+def test_fd_infinity_wants_samples_enough_for_a_line():
+    """Equal Gaussians: at the least n little is left of the distance, and fewer are refused."""
+    d, least = 20, frechet.fd_infinity_least(20)
+    rng = np.random.default_rng(19)
+    draws = [rng.normal(size=(least, d)) for _ in range(30)]
+    estimates = [frechet.fd_infinity(x, population(d), seed=0) for x in draws]
+    removed = np.mean([e.details["largest"] - e.value for e in estimates])
+    assert abs(np.mean([e.value for e in estimates])) < 0.2 * removed
+    with pytest.raises(ValueError, match=f"{least - 1} rows.*20 features.*at least {least}"):
+        frechet.fd_infinity(draws[0][1:], population(d), seed=0)
+
+
+def test_the_smallest_subset_is_the_paper_s_and_twice_the_features():
+    assert [frechet.fd_infinity_least(d) for d in (1, 2048, 3072)] == [30, 40_960, 61_440]
+    assert frechet.fd_infinity_least(1, num_sizes=20) == 40
+    cases = [(200, 10), (40_960, 2048), (40_000, 2), (60_000, 2), (61_440, 3072), (90_000, 3072)]
+    assert [frechet._smallest(n, d) for n, d in cases] == [20, 4096, 4000, 5000, 6144, 6144]
+
+
 NAN = np.float32([[0, 1], [np.nan, 1], [2, 3]])
 
 
@@ -306,7 +360,13 @@ NAN = np.float32([[0, 1], [np.nan, 1], [2, 3]])
         (lambda: frechet.fd(np.zeros((1, 2)), population(2)), "1 rows, but at least 2"),
         (lambda: frechet.fd(np.zeros((3, 2)), population(3)), "3 features, but the others have 2"),
         (lambda: frechet.fd(NAN, population(2)), "1 of 3 rows"),
-        (lambda: frechet.fd_infinity(np.zeros((29, 2)), population(2), 0), "at least 30"),
+        (lambda: frechet.fd_infinity(np.zeros((29, 1)), population(1), 0), "at least 30"),
+        (lambda: frechet.fd_infinity(np.zeros((1500, 300)), population(300), 0), "least 6000"),
+        (lambda: frechet.fd_infinity(np.zeros((99, 1)), population(1), -1), "seed=-1"),
+        (lambda: frechet.fd_infinity(np.zeros((99, 1)), population(1), 2**64), "seed="),
+        (lambda: frechet.fd(np.zeros((9, 2)), np.zeros((1, 2))), "reference: 1 rows"),
+        (lambda: frechet.fd(np.zeros((9, 2)), np.zeros((5, 3))), "3 features, but .* have 2"),
+        (lambda: frechet.statistics_of(NAN, "real images"), "^real images: 1 of 3 rows"),
         (lambda: frechet.fd_infinity(np.zeros((29, 2)), population(2), 0, 2), "at least 3 sizes"),
         (lambda: frechet.frechet_distance(population(2), population(3)), "another network"),
         (
