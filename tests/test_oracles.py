@@ -346,9 +346,31 @@ BAD = {
     "time beyond T": ("t must", lambda: POINTS.posterior(SHORT, 13, np.zeros((1, 2)))),
     "another shape": ("data have", lambda: FULL.log_prob(np.zeros((1, 2)))),
     "x_t of another shape": (
-        "x_t must",
+        r"^x_t must be \[batch, 3\], not \[1, 2\]$",
         lambda: oracles.denoiser(FULL, Process(SHORT))(jnp.zeros((1, 2)), jnp.array([1])),
     ),
+    "an image of another shape": (
+        r"^x_t must be \[batch, 2, 2, 1\], not \[1, 2\]$",
+        lambda: oracles.denoiser(oracles.Points(np.zeros((1, 2, 2, 1))), Process(SHORT))(
+            jnp.zeros((1, 2)), jnp.array([1])
+        ),
+    ),
+    "points with NaN": ("points: 1 of 2", lambda: oracles.Points([[0.0], [np.nan]])),
+    "infinite weights": ("weights: 1 of 1", lambda: oracles.Points([[0.0]], [np.inf])),
+    "means with NaN": (
+        "means: 2 of 2",
+        lambda: oracles.Mixture([1, 1], [[np.nan], [-np.inf]], 1.0),
+    ),
+    "infinite variances": (
+        "variances: 1 of 1",
+        lambda: oracles.Mixture([1], [[0.0]], np.inf),
+    ),
+    "mean with NaN": ("mean: 1 of 1", lambda: oracles.Gaussian([np.nan], 1.0)),
+    "covariance with NaN": (
+        "covariance: 1 of 4",
+        lambda: oracles.Gaussian([0.0, 0.0], [[1, 0], [0, np.nan]]),
+    ),
+    "infinite covariance": ("covariance: 1 of 1", lambda: oracles.Gaussian([0.0], np.inf)),
     "unknown time": (
         "no step whose time",
         lambda: oracles.denoiser(FULL, Process(SHORT))(jnp.zeros((1, 3)), jnp.array([0])),

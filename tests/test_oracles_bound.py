@@ -338,6 +338,18 @@ def test_z_scores_are_standard_normal_and_find_mistakes():
     assert np.isinf(oracles.moments_z(np.zeros((3, 1)), oracles.Gaussian([1.0], 0.0)).mean)
 
 
+@pytest.mark.parametrize("covariance", [[[[0.5], [0.2]], [[0.3], [0.1]]], 0.2])
+def test_z_scores_of_images_are_those_of_their_coordinates(covariance):
+    """[2, 2, 1] with one variance a coordinate, or one for all: the same, flattened and full."""
+    mean = np.arange(4.0).reshape(2, 2, 1)
+    samples = mean + np.random.default_rng(1).normal(size=(50, 2, 2, 1)) * 0.5
+    flat = np.diag(np.broadcast_to(covariance, mean.shape).reshape(-1))
+    expected = oracles.moments_z(samples.reshape(50, 4), oracles.Gaussian(mean.reshape(-1), flat))
+    z = oracles.moments_z(samples, oracles.Gaussian(mean, covariance))
+    np.testing.assert_allclose(z.mean, expected.mean.reshape(2, 2, 1), rtol=1e-12)
+    np.testing.assert_allclose(z.covariance, expected.covariance, rtol=1e-9)
+
+
 @pytest.mark.parametrize("method, eta", METHODS[:2])
 def test_samples_of_points_land_on_them_as_often_as_they_weigh(method, eta):
     """600 samples of weights 1/6, 2/6, 3/6: within 4.5 standard errors. A chain of 30 steps."""

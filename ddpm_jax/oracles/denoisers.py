@@ -46,7 +46,8 @@ def denoiser(data: Distribution, process: Process) -> Denoiser:
     def denoise(x_t: jax.Array, t: jax.Array) -> jax.Array:
         x_t = jnp.asarray(x_t, jnp.float32)
         if x_t.shape[1:] != data.shape:
-            raise ValueError(f"x_t must be [batch, {str(data.shape)[1:]}, not {x_t.shape}")
+            wanted = ", ".join(map(str, data.shape))
+            raise ValueError(f"x_t must be [batch, {wanted}], not {list(x_t.shape)}")
         index = _index(times, t)
         x = x_t.reshape(len(x_t), -1)
         x0, eps, variance = posterior(

@@ -168,14 +168,14 @@ class Gaussian(_Density):
       covariance: one variance; or [*shape], one for each coordinate; or [d, d] over the flattened
         coordinates.
     Raises:
-      ValueError: shapes that do not fit, or a covariance that is none.
+      ValueError: shapes that do not fit, numbers that are not finite, or a covariance that is none.
     """
 
     mean: np.ndarray
     covariance: np.ndarray
 
     def __post_init__(self) -> None:
-        mean, covariance = (np.array(a, dtype=np.float64) for a in (self.mean, self.covariance))
+        mean, covariance = _finite("mean", self.mean), _finite("covariance", self.covariance)
         d = mean.size
         if mean.ndim == 0 or covariance.shape not in ((), mean.shape, (d, d)):
             raise ValueError(
@@ -215,7 +215,8 @@ class Mixture(_Density):
       means: [k, *shape], channels last.
       variances: one for all; [k]; or [k, *shape].
     Raises:
-      ValueError: shapes that do not fit, a weight ≤ 0 or a variance < 0.
+      ValueError: shapes that do not fit, numbers that are not finite, a weight ≤ 0 or a
+        variance < 0.
     """
 
     weights: np.ndarray
@@ -223,7 +224,7 @@ class Mixture(_Density):
     variances: np.ndarray
 
     def __post_init__(self) -> None:
-        means, variances = (np.array(a, dtype=np.float64) for a in (self.means, self.variances))
+        means, variances = _finite("means", self.means), _finite("variances", self.variances)
         if means.ndim < 2 or variances.shape not in ((), means.shape[:1], means.shape):
             raise ValueError(
                 f"means [k, *shape] ask for variances [], [k] or [k, *shape], not "
@@ -255,14 +256,14 @@ class Points(Distribution):
       points: [k, *shape], channels last.
       weights: [k], positive; they are divided by their sum. Equal unless given.
     Raises:
-      ValueError: shapes that do not fit, or a weight ≤ 0.
+      ValueError: shapes that do not fit, numbers that are not finite, or a weight ≤ 0.
     """
 
     points: np.ndarray
     weights: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        points = np.array(self.points, dtype=np.float64)
+        points = _finite("points", self.points)
         if points.ndim < 2 or len(points) == 0:
             raise ValueError(f"points must be [k, *shape], not {list(points.shape)}")
         weights = np.ones(len(points)) if self.weights is None else self.weights
@@ -285,6 +286,14 @@ class Points(Distribution):
         samples, points = flatten(samples, self.shape), self.parts.means
         distance = np.abs(samples[:, None] - points).max(axis=-1)
         return distance.argmin(axis=1), distance.min(axis=1)
+
+
+def _finite(name: str, values: Any) -> np.ndarray:
+    values = np.array(values, dtype=np.float64)
+    bad = np.count_nonzero(~np.isfinite(values))
+    if bad:
+        raise ValueError(f"{name}: {bad} of {values.size} numbers are not finite")
+    return values
 
 
 def _constants(schedule, t):
@@ -311,7 +320,7 @@ def flatten(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _weights(weights, count):
-    weights = np.array(weights, dtype=np.float64)
+    weights = _finite("weights", weights)
     if weights.shape != (count,) or not (weights > 0).all():
         raise ValueError(f"weights must be {count} positive numbers, not {weights.tolist()}")
     return weights / weights.sum()

@@ -104,10 +104,8 @@ def moments_z(samples: np.ndarray, gaussian: Gaussian) -> MomentsZ:
     Raises:
       ValueError: the samples have another shape.
     """
-    x, d = flatten(samples, gaussian.shape), gaussian.mean.size
-    covariance = np.broadcast_to(gaussian.covariance, (d, d))
-    if gaussian.parts.basis is None:
-        covariance = np.diag(gaussian.parts.variances[0])
+    x, parts = flatten(samples, gaussian.shape), gaussian.parts
+    covariance = np.diag(parts.variances[0]) if parts.basis is None else gaussian.covariance
     variances = np.diag(covariance)
     x = x - gaussian.mean.reshape(-1)
     mean = _ratio(x.mean(axis=0), variances / len(x))
