@@ -7,12 +7,14 @@ here. NumPy alone; sums are float64.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator
 
 import numpy as np
 
 MAX_BYTES = 2**28
+LARGEST = 1e15  # Of a feature: the metrics' sums of its twelfth power stay finite.
 
 
 def as_rows(features: np.ndarray, least: int, name: str, width: int | None = None) -> np.ndarray:
@@ -24,7 +26,7 @@ def as_rows(features: np.ndarray, least: int, name: str, width: int | None = Non
       name: what the rows are, for the errors.
       width: the d that they must have, where it is known.
     Raises:
-      ValueError: another rank or width, fewer rows, or rows that are not finite.
+      ValueError: another rank or width, fewer rows, or values that are not finite or beyond ±1e15.
     """
     rows = np.asarray(features)
     if rows.dtype not in (np.float32, np.float64):
@@ -40,6 +42,11 @@ def as_rows(features: np.ndarray, least: int, name: str, width: int | None = Non
     bad = len(rows) - np.count_nonzero(np.isfinite(rows).all(axis=1))
     if bad:
         raise ValueError(f"{name}: {bad} of {len(rows)} rows have values that are not finite")
+    largest = max(rows.max(initial=0), -rows.min(initial=0))
+    if largest > LARGEST:
+        raise ValueError(
+            f"{name}: a value of magnitude {largest:.3g}; rescale the features below {LARGEST:g}"
+        )
     return rows
 
 
@@ -62,8 +69,10 @@ def nearest(
     Returns:
       squared distances, float64 [n, k]; positions in the reference, int64 [n, k].
     Raises:
-      ValueError: there are no k neighbours, or as `as_rows`.
+      ValueError: k < 1, there are no k neighbours, or as `as_rows`.
     """
+    if k < 1:
+        raise ValueError(f"k={k}: at least 1 neighbour is needed")
     queries = as_rows(queries, 1, "queries")
     reference = as_rows(reference, k + exclude_self, "reference", queries.shape[1])
     if exclude_self and len(queries) != len(reference):
@@ -105,7 +114,8 @@ class Block:
 
     def near(self, threshold: np.ndarray | float) -> np.ndarray:
         """Which entries rounding might put on the wrong side of the threshold: bool [b, m]."""
-        return np.abs(self.squared - threshold) <= self._bound()
+        off = self.squared - threshold
+        return np.abs(off, out=off) <= self._bound
 
     def settle(self, where: np.ndarray) -> None:
         """Computes the chosen entries (bool [b, m]) anew, from the rows' differences."""
@@ -119,11 +129,13 @@ class Block:
             difference = self._queries.values[i].astype(np.float64) - self._reference.values[j]
             self.squared[i, j] = np.einsum("pd,pd->p", difference, difference)
 
+    @functools.cached_property
     def _bound(self) -> np.ndarray:
+        """What each entry may be off by, apart from 1e-6 of itself: float64 [b, m]."""
         # |error| of a dot product of length d is at most d·ε|x||y| (Higham 2002, §3.1); with the
         # norms' and the centring's own errors, and generously.
         factor = 4 * (self._reference.values.shape[1] + 8) * np.finfo(np.float64).eps
-        return factor * (self._queries.norm[:, None] + self._reference.norm[None])
+        return factor * self._queries.norm[:, None] + factor * self._reference.norm
 
 
 def blocks(
@@ -153,7 +165,7 @@ def blocks(
         np.maximum(squared, 0, out=squared)
         rows = slice(start, start + len(part))
         block = Block(rows, squared, query_rows, reference_rows, max_bytes)
-        block.settle(squared <= 1e6 * block._bound())
+        block.settle(squared <= 1e6 * block._bound)
         yield block
 
 

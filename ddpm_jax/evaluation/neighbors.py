@@ -17,6 +17,8 @@ from ddpm_jax.evaluation.metrics import Estimate
 # find those within a half, at least: of 32, fewer than 3 are in it once in two million times.
 HALVINGS = 10
 HALF_NEIGHBOURS = 32
+# From so many held-out points on their 1 % quantile is not below the least of them.
+LEAST_HELD_OUT = 99
 
 
 def prdc(
@@ -45,8 +47,11 @@ def prdc(
       fixed: of a mean for precision and density; for the others see `_recall_error` and
       `_coverage_error`, each None where the samples do not tell it.
     Raises:
-      ValueError: n or m not above the larger k, other dimensions, or as `distances.as_rows`.
+      ValueError: a k < 1, n or m not above the larger k, other dimensions, or as
+        `distances.as_rows`.
     """
+    if min(k_precision, k_coverage) < 1:
+        raise ValueError(f"k_precision={k_precision}, k_coverage={k_coverage}: at least 1 each")
     k_max = max(k_precision, k_coverage)
     x = as_rows(features, k_max + 1, "samples")
     y = as_rows(reference_features, k_max + 1, "reference", x.shape[1])
@@ -155,7 +160,7 @@ def neighbors_of(features: np.ndarray, reference_features: np.ndarray, k: int = 
     Args:
       features: [n, d]. reference_features: [m, d].
     Raises:
-      ValueError: m < k, other dimensions, or as `distances.as_rows`.
+      ValueError: k < 1, m < k, other dimensions, or as `distances.as_rows`.
     """
     squared, positions = nearest(features, reference_features, k)
     return Neighbors(np.sqrt(squared / np.shape(features)[1]), positions)
@@ -179,9 +184,10 @@ def nearest_neighbors(
       held fixed, from the order statistics one standard error around the median's rank.
       details: `quantile_0`, `_0.01`, `_0.1`, `_0.5`, `_0.9` of the distances; `copies`, the number
       of samples identical to a reference point. With held-out features also their
-      `held_out_quantile_…` and `held_out_copies`, and `memorization`: the share of the samples
-      closer to the reference than the held-out points' 1 % quantile, with its
-      `memorization_standard_error`. A perfect model would get 0.01, on average if h ≥ 99.
+      `held_out_quantile_…` and `held_out_copies`, and for h ≥ 99 `memorization`: the share of the
+      samples closer to the reference than the held-out points' 1 % quantile, with its
+      `memorization_standard_error`, which holds that quantile fixed. A perfect model gets 0.01 on
+      average.
     Raises:
       ValueError: an empty set, other dimensions, or as `distances.as_rows`.
     """
@@ -191,12 +197,20 @@ def nearest_neighbors(
         held_out = as_rows(held_out_features, 1, "held-out", np.shape(features)[1])
         others = neighbors_of(held_out, reference_features).distances[:, 0]
         details |= _quantiles(others, "held_out_")
-        # This quantile of h points has expectation 0.01 in the distribution that they are from.
-        closer = _mean(own < np.quantile(others, 0.01, method="weibull"))
-        details["memorization"] = closer.value
-        if closer.standard_error is not None:
-            details["memorization_standard_error"] = closer.standard_error
+        if len(held_out) >= LEAST_HELD_OUT:
+            details |= _memorization(own, others)
     return Estimate(float(np.median(own)), _median_error(own), details)
+
+
+def _memorization(own, held_out):
+    # This quantile of h points has expectation 0.01 in the distribution that they are from.
+    closer = _mean(own < np.quantile(held_out, 0.01, method="weibull"))
+    if closer.standard_error is None:
+        return {"memorization": closer.value}
+    return {
+        "memorization": closer.value,
+        "memorization_standard_error": closer.standard_error,
+    }
 
 
 def _quantiles(distances, prefix):

@@ -1,5 +1,7 @@
 """Blocked distances against the differences themselves, in float64, pair by pair."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -98,6 +100,29 @@ def test_blocks_are_within_their_bound_and_settle_exactly():
     assert seen == 80
 
 
+def test_what_rounding_may_do_is_computed_once_for_a_block():
+    """Each look at a threshold makes one array of the block's size, and the answer."""
+    queries, reference = np.random.default_rng(6).normal(size=(2, 300, 3))
+    (block,) = distances.blocks(queries, reference)
+    block.near(1.0)
+    tracemalloc.start()
+    block.near(2.0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 1 < peak / block.squared.nbytes < 1.3
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_features_are_refused_before_their_powers_overflow(dtype):
+    rows = np.ones((4, 2), dtype)
+    rows[1, 0] = -1e15
+    distances.as_rows(rows, 1, "samples")
+    for value in (-1.1e15, 1e30):
+        rows[2, 1] = value
+        with pytest.raises(ValueError, match=r"^samples: .* magnitude 1\S+; rescale .* 1e\+15$"):
+            distances.as_rows(rows, 1, "samples")
+
+
 def test_a_collapsed_set_is_compared_in_little_time_and_memory():
     """Four million pairs of copies: settled by their hashes, not by their differences."""
     rows = np.tile(np.float32(np.random.default_rng(5).normal(size=(1, 512))), (2000, 1))
@@ -121,6 +146,8 @@ def test_integers_and_low_precision_become_float64():
         (np.zeros((3, 2)), np.zeros((3, 3)), 1, False, "reference: 3 features a row"),
         (np.zeros((3, 2)), np.zeros((3, 2)), 4, False, "at least 4"),
         (np.zeros((3, 2)), np.zeros((3, 2)), 3, True, "at least 4"),
+        (np.zeros((3, 2)), np.zeros((3, 2)), 0, False, "k=0: at least 1"),
+        (np.zeros((3, 2)), np.full((3, 2), 1e200), 1, False, "reference: .* 1e[+]200; rescale"),
         (np.zeros((2, 2)), np.zeros((3, 2)), 1, True, "reference rows themselves"),
         (np.zeros(3), np.zeros((3, 2)), 1, False, "rows of features"),
         (np.float32([[1, np.nan], [np.inf, 1], [1, 1]]), np.zeros((3, 2)), 1, False, "2 of 3 rows"),

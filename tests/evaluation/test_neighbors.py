@@ -198,6 +198,19 @@ def test_a_perfect_model_s_memorization_is_a_hundredth(held):
     assert abs(np.mean(shares) - 0.01) < 3 * np.std(shares) / math.sqrt(600)
 
 
+def test_memorization_of_few_held_out_points_is_not_told():
+    """The least of h distances is an honest sample's in one of h + 1 cases: more than 1 %."""
+    train, held_out, samples = np.random.default_rng(7).normal(size=(3, 100, 2))
+    details = [
+        neighbors.nearest_neighbors(samples, train, held_out[:h]).details for h in (1, 98, 99)
+    ]
+    assert ["memorization" in d for d in details] == [False, False, True]
+    assert ["memorization_standard_error" in d for d in details] == [False, False, True]
+    assert all("held_out_quantile_0.01" in d and "held_out_copies" in d for d in details)
+    one = neighbors.nearest_neighbors(samples[:1], train, held_out).details
+    assert "memorization" in one and "memorization_standard_error" not in one
+
+
 def test_the_median_distance_s_error_is_its_spread_over_new_samples():
     rng = np.random.default_rng(5)
     reference = rng.normal(size=(100, 3))
@@ -216,6 +229,9 @@ def test_the_median_distance_s_error_is_its_spread_over_new_samples():
         (lambda: neighbors.prdc(np.zeros((9, 2)), np.zeros((5, 2))), "reference: 5 rows"),
         (lambda: neighbors.prdc(np.zeros((9, 2)), np.zeros((9, 3))), "3 features a row"),
         (lambda: neighbors.prdc(np.full((9, 2), np.nan), np.zeros((9, 2))), "9 of 9 rows"),
+        (lambda: neighbors.prdc(np.zeros((9, 2)), np.zeros((9, 2)), 0), "k_precision=0"),
+        (lambda: neighbors.prdc(np.zeros((9, 2)), np.zeros((9, 2)), 3, 0), "k_coverage=0"),
+        (lambda: neighbors.neighbors_of(np.zeros((9, 2)), np.zeros((9, 2)), 0), "k=0"),
         (lambda: neighbors.nearest_neighbors(np.zeros((0, 2)), np.zeros((9, 2))), "0 rows"),
         (lambda: neighbors.nearest_neighbors(np.zeros((2, 2)), np.zeros((9, 3))), "3 features"),
         (
