@@ -1,6 +1,7 @@
 """Inception score and kernel distance by closed forms and loops, all metrics by torch-fidelity."""
 
 import importlib.util
+import itertools
 import math
 import sys
 import types
@@ -56,7 +57,7 @@ def spread(estimates):
     return values.std(ddof=1), math.sqrt(np.mean(errors**2))
 
 
-@pytest.mark.parametrize(("n", "m", "shift"), [(50, 250, 0.0), (80, 80, 0.0), (80, 150, 0.2)])
+@pytest.mark.parametrize(("n", "m", "shift"), [(30, 150, 0.0), (40, 40, 0.0), (60, 60, 0.2)])
 def test_kd_s_standard_error_is_the_spread_over_new_samples(n, m, shift):
     """Also of equal distributions, where only the second-order term is left as m grows."""
     rng = np.random.default_rng(3)
@@ -64,6 +65,24 @@ def test_kd_s_standard_error_is_the_spread_over_new_samples(n, m, shift):
     draws = rng.uniform(-1, 1, size=(250, n, 20)) + shift
     real, claimed = spread([metrics.kd(x, y) for x in draws])
     assert 0.8 < claimed / real < 1.25
+
+
+def test_kd_s_standard_error_is_hoeffding_s_and_no_less_than_half_the_least():
+    """By loops over distinct samples. Of equal distributions the first-order term's estimate is
+    often below 0, and so may be the sum: then half the variance that the second leaves counts."""
+    floors = 0
+    for seed in range(12):
+        x, y = np.random.default_rng(seed).normal(size=(2, 6, 2))
+        to_y = np.mean([[(p @ q / 2 + 1) ** 3 for q in y] for p in x], axis=1)
+        h = np.array([[(p @ q / 2 + 1) ** 3 for q in x] for p in x]) - to_y - to_y[:, None]
+        two = np.mean([h[i, j] ** 2 for i, j in itertools.permutations(range(6), 2)])
+        one = np.mean([h[i, j] * h[i, k] for i, j, k in itertools.permutations(range(6), 3)])
+        none = np.mean([h[i, j] * h[k, m] for i, j, k, m in itertools.permutations(range(6), 4)])
+        variance = (4 * 4 * (one - none) + 2 * (two - none)) / (6 * 5)
+        floor = (two - none) / (6 * 5)
+        floors += variance < floor
+        assert metrics.kd(x, y).standard_error ** 2 == pytest.approx(max(variance, floor), rel=1e-9)
+    assert 0 < floors < 12
 
 
 def test_kd_is_unbiased_for_equal_distributions():
@@ -116,6 +135,7 @@ def test_inception_score_s_standard_error_is_the_spread_over_new_samples(n, spli
         (lambda: metrics.kd(np.zeros((5, 2)), np.zeros((1, 2))), "reference: 1 rows"),
         (lambda: metrics.kd(np.zeros((5, 2)), np.zeros((5, 3))), "reference: 3 features"),
         (lambda: metrics.kd(np.zeros((5, 2)), np.full((5, 2), np.inf)), "5 of 5 rows"),
+        (lambda: metrics.kd(np.full((5, 2), np.float32(1e30)), np.zeros((5, 2))), "1e[+]30"),
         (lambda: metrics.inception_score(np.zeros((9, 2))), "at least 10"),
         (lambda: metrics.inception_score(np.zeros((9, 2)), 0), "splits=0"),
         (lambda: metrics.inception_score(np.full((20, 2), np.nan)), "20 of 20 rows"),
