@@ -1,22 +1,17 @@
 """The Inception network's weights: found where the user put them, verified, read, kept converted.
 
 Nothing is downloaded, no checksum is skipped, and no file is parsed before its checksum is known.
-PyTorch's files and pickles are read without running any code of theirs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import logging
 import struct
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from pickle import Unpickler, UnpicklingError
-from typing import Any, BinaryIO, NamedTuple
-from zipfile import BadZipFile, ZipFile
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax
 import numpy as np
@@ -27,6 +22,7 @@ from safetensors import numpy as safetensors
 from ddpm_jax import files
 from ddpm_jax.config import RequestError
 from ddpm_jax.evaluation import inception
+from ddpm_jax.evaluation.readers import read_graph, read_pickle, read_torch
 
 State = dict[str, np.ndarray]  # "module/…/leaf" -> array, named as in our network.
 
@@ -80,11 +76,20 @@ def load_inception(
       cache_dir: made if needed. Where nothing can be written, a warning says so.
       accepted: the table of known files, by default ACCEPTED.
     Raises:
-      RequestError: no such file, or not one of the accepted files.
+      RequestError: no such file, it cannot be read, or it is not one of the accepted files.
     """
     accepted = ACCEPTED if accepted is None else accepted
     cache = epath.Path(cache_dir).expanduser()
-    source = _find(epath.Path(path).expanduser() if path else cache, accepted)
+    place = epath.Path(path).expanduser() if path else cache
+    try:
+        source = _find(place, accepted)
+        data = source.read_bytes() if source else b""
+    except OSError as error:
+        raise RequestError(
+            f"config.evaluation.weights: {error.filename or place} cannot be read "
+            f"({error.strerror or error}); make it readable or name another file with "
+            "--config.evaluation.weights=PATH"
+        ) from error
     if source is None and not path and (kept := _any_converted(cache, accepted)) is not None:
         return kept
     if source is None:
@@ -94,7 +99,6 @@ def load_inception(
             f"{'there' if path else f'in {cache}'}; get {choices}, and name the file with "
             "--config.evaluation.weights=PATH"
         )
-    data = source.read_bytes()
     sha256 = hashlib.sha256(data).hexdigest()
     entry = _identify(source, data, sha256, accepted)
     converted = cache / f"{_CONVERTED}-{sha256[:16]}.safetensors"
@@ -176,13 +180,13 @@ def _load_converted(path: epath.Path) -> LoadedWeights | None:
         state = safetensors.load(data)
         (length,) = struct.unpack("<Q", data[:8])
         metadata = json.loads(data[8 : 8 + length])["__metadata__"]
-        has_logits = json.loads(metadata["has_logits"])
+        has_logits = {"true": True, "false": False}[metadata["has_logits"]]
         whole = metadata["tensors_sha256"] == _digest(state)
         inception.check_shapes(state, has_logits)
         params = flax.traverse_util.unflatten_dict(state, sep="/")
         sha256, name = metadata["source_sha256"], metadata["source"]
         return LoadedWeights(params, sha256, name, has_logits) if whole else None
-    except (OSError, SafetensorError, ValueError, KeyError):
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -192,187 +196,6 @@ def _digest(state: State) -> str:
         digest.update(f"{name} {state[name].dtype} {state[name].shape}\n".encode())
         digest.update(np.ascontiguousarray(state[name]))
     return digest.hexdigest()
-
-
-# The readers.
-
-
-class _Unpickler(Unpickler):
-    """Knows the given classes and functions, and refuses all others."""
-
-    def __init__(self, file: BinaryIO, known: Mapping[str, Any]):
-        super().__init__(file)
-        self._known = known
-
-    def find_class(self, module: str, name: str) -> Any:
-        if f"{module}.{name}" not in self._known:
-            raise ValueError(f"it asks to run {module}.{name}, which a file of weights need not")
-        return self._known[f"{module}.{name}"]
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key, _, count, *view = pid
-        if kind != "storage" or any(view):
-            raise ValueError("it has a tensor of an unknown kind")
-        return _Storage(dtype, key, count)
-
-
-class _Storage(NamedTuple):
-    dtype: np.dtype
-    key: str
-    count: int
-
-
-class _Tensor(NamedTuple):
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-_STORAGES = {"Float": "<f4", "Double": "<f8", "Half": "<f2", "Long": "<i8", "Int": "<i4"}
-_TORCH = {
-    "collections.OrderedDict": OrderedDict,
-    "torch._utils._rebuild_tensor_v2": lambda *args: _Tensor(*args[:4]),
-    **{f"torch.{name}Storage": np.dtype(dtype) for name, dtype in _STORAGES.items()},
-}
-
-
-_BROKEN = (AttributeError, EOFError, KeyError, UnpicklingError, struct.error, BadZipFile)
-
-
-def read_torch(data: bytes) -> dict[str, np.ndarray]:
-    """name -> array of a state dict that `torch.save` wrote, in its zip format or the older one.
-
-    Raises:
-      ValueError: it is no such file, or holds anything but tensors.
-    """
-    try:
-        tree, storages = _torch_zip(data) if data[:2] == b"PK" else _torch_legacy(data)
-        return {name: _torch_array(tensor, storages) for name, tensor in tree.items()}
-    except _BROKEN as error:
-        raise ValueError("it is not a whole file of PyTorch tensors") from error
-
-
-def _torch_zip(data: bytes) -> tuple[Any, dict[str, bytes]]:
-    with ZipFile(io.BytesIO(data)) as archive:
-        contents = {name.split("/", 1)[1]: archive.read(name) for name in archive.namelist()}
-    if contents.get("byteorder", b"little") != b"little":
-        raise ValueError("it was written on a big-endian machine")
-    tree = _Unpickler(io.BytesIO(contents["data.pkl"]), _TORCH).load()
-    return tree, {name.removeprefix("data/"): content for name, content in contents.items()}
-
-
-def _torch_legacy(data: bytes) -> tuple[Any, dict[str, bytes]]:
-    file = io.BytesIO(data)
-    magic, version, machine, tree, keys = (_Unpickler(file, _TORCH).load() for _ in range(5))
-    if (magic, version, machine["little_endian"]) != (0x1950A86A20F9469CFC6C, 1001, True):
-        raise ValueError("it is of an unknown format")
-    sizes = {tensor.storage.key: tensor.storage.dtype.itemsize for tensor in tree.values()}
-    storages = {}
-    for key in keys:
-        (count,) = struct.unpack("<q", file.read(8))
-        storages[key] = file.read(count * sizes[key])
-    return tree, storages
-
-
-def _torch_array(tensor: _Tensor, storages: Mapping[str, bytes]) -> np.ndarray:
-    storage, offset, shape, strides = tensor
-    buffer = storages[storage.key]
-    if len(buffer) != storage.count * storage.dtype.itemsize:
-        raise ValueError("a tensor's storage is not whole")
-    flat = np.frombuffer(buffer, storage.dtype)
-    last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-    if min(offset, 0, *strides) < 0 or last >= len(flat):
-        raise ValueError("a tensor reaches beyond its storage")
-    strides = [stride * flat.itemsize for stride in strides]
-    return np.lib.stride_tricks.as_strided(flat[offset:], shape, strides, writeable=False)
-
-
-def read_graph(data: bytes) -> dict[str, np.ndarray]:
-    """name -> array of the float32 constants in a frozen graph of TensorFlow (a `GraphDef`).
-
-    Raises:
-      ValueError: it is no such file.
-    """
-    constants = {}
-    for number, node in _fields(memoryview(data)):
-        fields = [*_fields(node)] if number == 1 else []  # 1 name, 2 op, 5 attributes.
-        if bytes(dict(fields).get(2, b"")) != b"Const":
-            continue
-        attributes = [dict(_fields(value)) for number, value in fields if number == 5]
-        values = [dict(_fields(a[2])) for a in attributes if bytes(a[1]) == b"value"]
-        array = _tensor_proto(values[0][8])
-        if array is not None:
-            constants[bytes(dict(fields)[1]).decode()] = array
-    return constants
-
-
-def _tensor_proto(data: memoryview) -> np.ndarray | None:
-    """A TensorProto's array; None if it is not float32."""
-    fields = [*_fields(data)]
-    if dict(fields).get(1) != 1:
-        return None
-    dims = [dim for number, shape in fields if number == 2 for _, dim in _fields(shape)]
-    shape = [dict(_fields(dim)).get(1, 0) for dim in dims]
-    content = b"".join(bytes(value) for number, value in fields if number in (4, 5))
-    values = np.frombuffer(content, "<f4")
-    if values.size == 1:  # One value stands for all.
-        values = np.broadcast_to(values, int(np.prod(shape)))
-    return values.reshape(shape)
-
-
-def _fields(data: memoryview) -> Iterator[tuple[int, Any]]:
-    """(number, value) of a protocol buffer's fields; values are ints or bytes."""
-    position = 0
-    while position < len(data):
-        tag, position = _varint(data, position)
-        if tag & 7 == 0:
-            value, position = _varint(data, position)
-        else:
-            length = {1: 8, 5: 4}.get(tag & 7)
-            if tag & 7 == 2:
-                length, position = _varint(data, position)
-            if length is None or position + length > len(data):
-                raise ValueError("it is not a whole protocol buffer")
-            value = data[position : position + length]
-            position += length
-        yield tag >> 3, value
-
-
-def _varint(data: memoryview, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        if position >= len(data):
-            raise ValueError("it is not a whole protocol buffer")
-        byte = data[position]
-        value |= (byte & 127) << shift
-        position, shift = position + 1, shift + 7
-        if byte < 128:
-            return value, position
-
-
-_RECONSTRUCT, _FROM_BUFFER = (np.empty(0).__reduce_ex__(protocol)[0] for protocol in (4, 5))
-_NUMPY = {
-    "numpy.ndarray": np.ndarray,
-    "numpy.dtype": np.dtype,
-    "numpy.core.multiarray._reconstruct": _RECONSTRUCT,
-    "numpy._core.multiarray._reconstruct": _RECONSTRUCT,
-    "numpy.core.numeric._frombuffer": _FROM_BUFFER,
-    "numpy._core.numeric._frombuffer": _FROM_BUFFER,
-}
-
-
-def read_pickle(data: bytes) -> dict[str, Any]:
-    """A pickle of nested dicts of NumPy arrays.
-
-    Raises:
-      ValueError: it holds anything else.
-    """
-    tree = _Unpickler(io.BytesIO(data), _NUMPY).load()
-    arrays = flax.traverse_util.flatten_dict(tree).values() if isinstance(tree, dict) else [None]
-    if not all(isinstance(a, np.ndarray) and a.dtype == np.float32 for a in arrays):
-        raise ValueError("it is not nested dicts of float32 arrays")
-    return tree
 
 
 ACCEPTED = (
