@@ -11,6 +11,7 @@ import flax
 import make_inception_golden as golden
 import numpy as np
 import pytest
+from safetensors import numpy as safetensors
 from tensorboardX.proto import graph_pb2
 from test_readers import add_constant, assert_same
 
@@ -158,6 +159,113 @@ def test_the_converted_file(tmp_path, params, caplog):
         loaded = weights.load_inception(str(source), str(tmp_path / "file" / "cache"), once)
     assert "cannot keep the converted weights there" in caplog.text
     assert loaded.has_logits
+
+
+def other_entry(source, to_state, **changes):
+    sha256 = hashlib.sha256(source).hexdigest()
+    return weights.Accepted((f"{source.decode()}.file",), to_state, sha256, **changes)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The parameters of a network of three numbers, instead of 24 million."""
+    whole = {"stem/kernel": np.ones((2, 1), np.float32), "fc/bias": np.zeros(1, np.float32)}
+
+    def shapes(with_logits=True):
+        return {k: v.shape for k, v in whole.items() if with_logits or k != "fc/bias"}
+
+    monkeypatch.setattr(inception, "parameter_shapes", shapes)
+    return whole
+
+
+def test_two_converted_files(tmp_path, tiny):
+    no_logits = {name: array for name, array in tiny.items() if not name.startswith("fc/")}
+    accepted = (
+        other_entry(b"whole", lambda data: tiny),
+        other_entry(b"part", lambda data: no_logits, has_logits=False),
+    )
+    for order in ((b"whole", b"part"), (b"part", b"whole")):
+        cache = tmp_path / order[0].decode()
+        for source in order:
+            (tmp_path / "file").write_bytes(source)
+            weights.load_inception(str(tmp_path / "file"), str(cache), accepted)
+        assert len(list(cache.iterdir())) == 2
+        kept = weights.load_inception("", str(cache), accepted)
+        assert kept.has_logits and kept.file_name == "whole.file"  # Good for more metrics.
+
+
+def test_a_converted_file_under_the_name_of_another(tmp_path, tiny):
+    changed = tiny | {"fc/bias": tiny["fc/bias"] + 1}
+    accepted = (
+        other_entry(b"one", lambda data: tiny),
+        other_entry(b"two", lambda data: changed),
+    )
+    cache = tmp_path / "cache"
+    for source in (b"one", b"two"):
+        (tmp_path / source.decode()).write_bytes(source)
+        weights.load_inception(str(tmp_path / source.decode()), str(cache), accepted)
+    by_source = {
+        source: next(cache.glob(f"*{hashlib.sha256(source).hexdigest()[:16]}*"))
+        for source in (b"one", b"two")
+    }
+    by_source[b"two"].write_bytes(by_source[b"one"].read_bytes())
+    loaded = weights.load_inception(str(tmp_path / "two"), str(cache), accepted)
+    assert loaded.file_name == "two.file"
+    assert_same(flat(loaded), changed)
+
+
+def digest(state):
+    """The checksum of the tensors, in the words of the file's format."""
+    whole = hashlib.sha256()
+    for name, array in sorted(state.items()):
+        whole.update(f"{name} {array.dtype} {array.shape}\n".encode() + array.tobytes())
+    return whole.hexdigest()
+
+
+def made(source):
+    """What the converted file of this source says of itself."""
+    return {"source": "a.file", "source_sha256": hashlib.sha256(source).hexdigest()}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "change"),
+    [
+        *[({"has_logits": text}, {}) for text in ("[]", "null", "1", "[" * 10_000, "", "false")],
+        *[({"tensors_sha256": "0" * 64}, {}), ({"source": None}, {}), (None, {})],
+        *[({"source_sha256": "0" * 64}, {}), ({"source": "other.file"}, {})],
+        *[({}, {"fc/bias": np.zeros(2, np.float32)}), ({}, {"more": np.zeros(1, np.float32)})],
+    ],
+)
+def test_converted_files_that_are_wrong(tmp_path, tiny, metadata, change):
+    accepted = (other_entry(b"a", refuse),)
+    path = tmp_path / "inception-2015-12-05-0.safetensors"
+    right = made(b"a") | {"has_logits": "true", "tensors_sha256": digest(tiny)}
+    path.write_bytes(safetensors.save(tiny, right))
+    assert_same(flat(weights.load_inception("", str(tmp_path), accepted)), tiny)
+
+    state = tiny | change
+    wrong = right | {"tensors_sha256": digest(state)} | (metadata or {})
+    wrong = {name: text for name, text in wrong.items() if text is not None}
+    path.write_bytes(safetensors.save(state, None if metadata is None else wrong))
+    with pytest.raises(RequestError, match="no weights of the Inception network in"):
+        weights.load_inception("", str(tmp_path), accepted)
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    name = weights.ACCEPTED[1].names[0]
+    (tmp_path / name).mkdir()  # A folder cannot, even by root.
+    with pytest.raises(RequestError, match=f"{name} cannot be read") as raised:
+        weights.load_inception(str(tmp_path), str(tmp_path / "cache"))
+    message = str(raised.value)
+    assert "\n" not in message and "--config.evaluation.weights=PATH" in message
+
+
+def test_a_broken_file_of_a_known_checksum(tmp_path):
+    (tmp_path / "file").write_bytes(SOURCE)
+    for entry in weights.ACCEPTED:
+        accepted = entries(entry.to_state)
+        with pytest.raises(RequestError, match=r"file cannot be used: it is not a whole"):
+            weights.load_inception(str(tmp_path / "file"), str(tmp_path), accepted)
 
 
 @pytest.mark.parametrize("path", ["", "missing", "."])
