@@ -95,9 +95,29 @@ def test_the_request(monkeypatch, has_logits):
     assert asked == [("inception", "file", config.evaluation.cache_dir), "sets"]
     (line,) = said  # On a CPU the FID only if there is nothing else.
     expected = (
-        "training images: {:.5f}, as published" if has_logits else "test images: {:.5f}, WRONG"
+        "training images: {:.5f}, as published (within"
+        if has_logits
+        else "test images: {:.5f}, WRONG"
     )
     assert expected.format(score_by_hand() if has_logits else distance_by_hand()) in line
+
+
+@pytest.mark.parametrize(
+    ("off", "verdict", "ok"),
+    [
+        (0.0, "as published (within 0.0001)", True),
+        (8e-5, "as published (within 0.0001)", True),
+        (-8e-5, "as published (within 0.0001)", True),
+        (2e-4, "within 0.001 of the published 4.50000", True),
+        (-9e-4, "within 0.001 of the published 4.50000", True),
+        (2e-3, "WRONG, published is 4.50000", False),
+        (-2e-3, "WRONG, published is 4.50000", False),
+        (np.nan, "WRONG, published is 4.50000", False),
+    ],
+)
+def test_verdicts(off, verdict, ok):
+    check = selftest.Check("score", 4.5 + off, 4.5)
+    assert (check.verdict, check.ok) == (verdict, ok)
 
 
 def test_an_accelerator_checks_the_fid_too(monkeypatch):
