@@ -187,11 +187,15 @@ def check_channels(data: ml_collections.ConfigDict) -> None:
 def pixels(image: Image.Image, size: int, channels: int) -> np.ndarray:
     """uint8 [size, size, channels]: the image's central square, grey (1 channel) or RGB (3).
 
-    Transparency is laid on white; 16-bit grey is scaled to 8 bits. A square of another size is
-    resized with Pillow's Lanczos filter, which widens as it reduces and so does not alias.
+    Transparency is laid on white; 16-bit grey is scaled to 8 bits, and integers beyond 0..65535
+    are clipped. A square of another size is resized with Pillow's Lanczos filter, which widens as
+    it reduces and so does not alias.
     """
     if image.mode.startswith("I"):  # Pillow's own conversion clips at 255 instead of scaling.
-        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+        deep, transparent = np.asarray(image), image.info.get("transparency")
+        image = Image.fromarray(np.rint(np.clip(deep, 0, 65535) / 257).astype(np.uint8))
+        if transparent is not None:
+            image.putalpha(Image.fromarray(np.where(deep == transparent, 0, 255).astype(np.uint8)))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -154,6 +154,34 @@ def test_folder_colours(pictures):
     assert (grey[0] == round(0.299 * 255 + 0.701 * 204)).all()
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+@pytest.mark.parametrize("clear", [None, 1000])
+def test_deep_grey(tmp_path, mode, clear):
+    deep = np.array([[0, 1000], [1001, 65535]])  # 1000 and 1001 are one grey of 8 bits.
+    image = Image.fromarray(deep.astype({"I;16": "<u2", "I;16B": ">u2", "I": np.int32}[mode]))
+    assert image.mode == mode
+    if clear is not None:
+        image.info["transparency"] = clear
+    expected = [[0, 4 if clear is None else 255], [4, 255]]
+    assert records.pixels(image, 2, 1)[..., 0].tolist() == expected
+    assert (records.pixels(image, 2, 3)[..., 1] == expected).all()
+
+
+def test_deep_grey_with_a_transparent_colour_from_a_file(pictures):
+    config, root = pictures
+    deep = np.full((4, 4), 1001, np.uint16)
+    deep[0] = 1000
+    Image.fromarray(deep).save(root / "0.png", transparency=1000)
+    assert Image.open(root / "0.png").info["transparency"] == 1000
+    image = everything(open_source(config))[0]
+    assert (image[0] == 255).all() and (image[1:] == 4).all()
+
+
+def test_integers_beyond_16_bits_are_clipped():
+    image = Image.fromarray(np.array([[-5, 70_000], [-(2**31), 2**31 - 1]], np.int32))
+    assert records.pixels(image, 2, 1)[..., 0].tolist() == [[0, 255], [0, 255]]
+
+
 def test_folder_splits(pictures):
     config, root = pictures
     rng = np.random.default_rng(2)
