@@ -141,8 +141,8 @@ def read_torch(data: bytes) -> dict[str, np.ndarray]:
 
 def _torch_zip(data: bytes) -> tuple[Any, dict[str, bytes]]:
     with ZipFile(io.BytesIO(data)) as archive:
-        members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         infos = archive.infolist()
+        members = {info.filename.partition("/")[2]: info for info in infos}
         # Of stored members that do not overlap, none is larger than the file.
         if any(info.compress_type != ZIP_STORED for info in infos):
             raise _FileError("it is compressed, as no file of torch.save is")
@@ -151,13 +151,8 @@ def _torch_zip(data: bytes) -> tuple[Any, dict[str, bytes]]:
         if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
             raise _FileError("it was written on a big-endian machine")
         tree = _unpickle(io.BytesIO(archive.read(members["data.pkl"])), _TORCH)
-        storages = {}
-        for storage in {tensor.args[0] for tensor in tree.values()}:
-            member = members[f"data/{storage.key}"]
-            if member.file_size != storage.num_bytes:
-                raise _FileError("a tensor's storage is not whole")
-            storages[storage.key] = archive.read(member)
-    return tree, storages
+        keys = {tensor.args[0].key for tensor in tree.values()}
+        return tree, {key: archive.read(members[f"data/{key}"]) for key in keys}
 
 
 def _torch_legacy(data: bytes) -> tuple[Any, dict[str, bytes]]:
@@ -183,8 +178,8 @@ def _torch_array(tensor: _Call, storages: Mapping[str, bytes]) -> np.ndarray:
     _sizes((offset, *_sizes(shape), *_sizes(strides)))
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     repeats = any(n > 1 and stride == 0 for n, stride in zip(shape, strides, strict=True))
-    if repeats or not 0 < math.prod(shape) <= storage.count or last >= storage.count:
-        raise _FileError("a tensor is empty or reaches beyond its storage")
+    if repeats or math.prod(shape) > storage.count or last >= storage.count:
+        raise _FileError("a tensor reaches beyond its storage")
     flat = np.frombuffer(buffer, storage.dtype)
     strides = [stride * flat.itemsize for stride in strides]
     return np.lib.stride_tricks.as_strided(flat[offset:], shape, strides, writeable=False)
