@@ -17,7 +17,11 @@ from ddpm_jax.config import apply_variants, default_config
 
 NAMED = {
     "church": {"data.name": "lsun_lmdb/church_outdoor", "train.steps": 1_200_000},
-    "cat": {"data.name": "lsun_lmdb/cat", "train.steps": 1_800_000},
+    "cat": {
+        "data.name": "lsun_lmdb/cat",
+        "train.steps": 1_800_000,
+        "evaluation.split": ("train",),  # It has no other.
+    },
     "bedroom": {"data.name": "lsun_lmdb/bedroom", "data.flip": False, "train.steps": 2_400_000},
     "bedroom_large": {
         "data.name": "lsun_lmdb/bedroom",

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import uuid
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
 from etils import epath
 
 
 def replace(path: epath.Path, content: bytes | str) -> None:
-    """Writes a file beside its place and renames it: nobody ever reads a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{path.name}.tmp"
+    """Writes a file, see `replace_with`."""
     data = content.encode() if isinstance(content, str) else content
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    replace_with(path, lambda file: file.write(data))
+
+
+def replace_with(path: epath.Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Writes a file beside its place and renames it: nobody ever reads a part of it.
+
+    Several processes may write the same file at once: the last one's stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from ddpm_jax.data import to_uint8
 from ddpm_jax.diffusion import Process
 from ddpm_jax.models import UNet
 from ddpm_jax.parallel import Layout, first_hosts, to_host, wait_for_all
-from ddpm_jax.parts import collect
+from ddpm_jax.parts import collect, read
 from ddpm_jax.runs import Run, fingerprint, image_shape
 from ddpm_jax.training.metrics import NonFiniteError
 
@@ -147,6 +146,7 @@ def generate(
     directory: epath.Path,
     say: Callable[[str], None],
     sampler: Callable[[Any, jax.Array], Drawn] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> epath.Path:
     """Draws `config.sample.count` images of a run and saves them.
 
@@ -160,6 +160,7 @@ def generate(
       directory: where all is written.
       say: prints a line of progress.
       sampler: as from `compile_sampler` for the run, if there is one.
+      stop: see `parts.collect`.
 
     Returns:
       The path of the .npz.
@@ -169,53 +170,71 @@ def generate(
       RequestError: samples of that name are there, and were drawn in another way.
     """
     how, config, protocol = run.config.sample, run.config, sampling_protocol(run)
-    eta = f"_eta{how.eta:g}" if how.method == "ddim" else ""
-    kind = ("" if run.kind == "ema" else f"_{run.kind}") + ("" if how.clip else "_unclipped")
-    sampler_name = f"{how.method}{protocol['steps']}{eta}{kind}"
-    target = directory / f"step{run.step}_{sampler_name}_seed{config.seed}_{how.count}.npz"
-    if first_hosts(np.array(target.exists())):
-        _check_drawn_alike(target, protocol)
-        return target
-    parts = directory / f"{target.stem}.parts"
+    path = target(run, directory)
+    if first_hosts(np.array(path.exists())):
+        _check_drawn_alike(path, protocol)
+        return path
+    parts = directory / f"{path.stem}.parts"
     if sampler is None:
         sampler = compile_sampler(run.layout, run.process, run.model, config, run.params_sharding)
     batch = padded_batch(min(how.batch_size, how.count), run.layout)
-    drawn = draw(sampler, run.params, how.count, batch, say, directory=parts, protocol=protocol)
+    drawn = draw(
+        sampler, run.params, how.count, batch, say, directory=parts, protocol=protocol, stop=stop
+    )
     if jax.process_index() == 0:
-        _save(target, drawn, protocol)
+        _save(path, drawn, protocol)
         parts.rmtree()
-    wait_for_all(f"samples {target}")
-    return target
+    wait_for_all(f"samples {path}")
+    return path
+
+
+def target(run: Run, directory: epath.Path) -> epath.Path:
+    """The file of a run's samples, whose name tells how they were drawn."""
+    how, config = run.config.sample, run.config
+    name = f"step{run.step}_{how.method}{how.steps or config.diffusion.num_steps}"
+    name += f"_eta{how.eta:g}" if how.method == "ddim" else ""
+    name += "" if run.kind == "ema" else f"_{run.kind}"
+    name += "" if how.clip else "_unclipped"
+    name += "" if config.model.dtype == "float32" else f"_{config.model.dtype}"
+    return directory / f"{name}_seed{config.seed}_{how.count}.npz"
 
 
 def load_images(path: epath.PathLike) -> tuple[np.ndarray, dict[str, Any]]:
-    """The images and the protocol in a file that `generate` wrote."""
-    with epath.Path(path).open("rb") as file, np.load(file) as saved:
-        return saved["images"], json.loads(str(saved["protocol"]))
+    """The images and the protocol in a file that `generate` wrote.
+
+    Raises:
+      RequestError: it cannot be read whole.
+    """
+    arrays = _load(path)
+    return arrays["images"], json.loads(str(arrays["protocol"]))
 
 
 def load_outside(path: epath.PathLike) -> np.ndarray:
     """The share of each image's values that clipping changed, see `Drawn`: float32 [count]."""
-    with epath.Path(path).open("rb") as file, np.load(file) as saved:
-        return saved["outside"]
+    return _load(path, "outside")["outside"]
 
 
-def _check_drawn_alike(target: epath.Path, protocol: dict[str, Any]) -> None:
-    with target.open("rb") as file, np.load(file) as saved:
-        before = json.loads(str(saved["protocol"]))
+def _load(path: epath.PathLike, *names: str) -> dict[str, np.ndarray]:
+    arrays = read(epath.Path(path), names or ("images", "protocol"))
+    if arrays is None:
+        raise RequestError(f"{path} cannot be read; move it away to draw the samples again")
+    return arrays
+
+
+def _check_drawn_alike(path: epath.Path, protocol: dict[str, Any]) -> None:
+    before = json.loads(str(_load(path, "protocol")["protocol"]))
     for key, value in protocol.items():
         if before.get(key) != value:
             raise RequestError(
-                f"{target} holds samples drawn with {key}={before.get(key)}, not {value}; "
+                f"{path} holds samples drawn with {key}={before.get(key)}, not {value}; "
                 "move it away to draw them again"
             )
 
 
-def _save(target: epath.Path, drawn: dict[str, np.ndarray], protocol: dict[str, Any]) -> None:
+def _save(path: epath.Path, drawn: dict[str, np.ndarray], protocol: dict[str, Any]) -> None:
     images = drawn["images"]
     for start in range(0, min(len(images), 4 * GRID_IMAGES), GRID_IMAGES):
         picture = figures.grid(images[start : start + GRID_IMAGES])
-        figures.save_png(target.parent / f"{target.stem}_grid_{start:05d}.png", picture)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **drawn, protocol=json.dumps(protocol))
-    files.replace(target, buffer.getvalue())
+        figures.save_png(path.parent / f"{path.stem}_grid_{start:05d}.png", picture)
+    arrays = {**drawn, "protocol": json.dumps(protocol)}
+    files.replace_with(path, lambda file: np.savez(file, **arrays))

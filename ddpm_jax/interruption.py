@@ -51,6 +51,9 @@ class Watch:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+            outer = getattr(handler, "__self__", None)
+            if isinstance(outer, Watch):  # What came at the very end is the outer one's to answer.
+                outer._requested = outer._requested or self._requested
 
     def _handle(self, number: int, frame: object) -> None:
         if self._requested:

@@ -120,6 +120,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("stopped at once; the same command goes on", interruption.EXIT_CODE)
     except (CheckpointError, NonFiniteError, ReadError) as error:
         return _fail(error, 1)
+    except OSError as error:  # A disk that is full, or a place that is not to be written.
+        if error.filename is None:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}", 1)
     return 0
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
+import logging
+import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -35,7 +36,7 @@ def collect(
     """compute(start, length) over 0..count in pieces of at most `batch`, joined along axis 0.
 
     With a directory each piece is kept there as soon as it is computed, and the same call goes on
-    after the pieces that are there. Whoever calls removes the directory when the whole is saved.
+    after the whole pieces that are there. Whoever calls removes the directory when all is saved.
 
     Args:
       compute: gives arrays [length, ...] (or of any length: they are joined in order), the same on
@@ -46,34 +47,38 @@ def collect(
       protocol: JSON-able: what the pieces depend on.
       stop: whether to stop, instead of asking for SIGINT and SIGTERM here.
     Raises:
-      RequestError: the pieces there were made under another protocol, or cannot be read.
+      RequestError: the pieces there were made under another protocol.
       Interrupted: `stop` said so, or a signal came; after the current piece.
     """
     pieces: dict[int, tuple[int, Arrays]] = {}
     first_host = jax.process_index() == 0
     if directory is not None:
         _check_protocol(directory, protocol)
-        pieces = {start: (length, _read(path)) for start, length, path in _kept(directory)}
+        pieces = _kept(directory)
         wait_for_all(f"parts of {directory}")  # Nobody writes before all have listed.
         if first_host:
             files.replace(directory / "protocol.json", json.dumps(protocol))
-    progress = Progress(0, count, first_host, say, unit)
+    done = sum(length for length, _ in pieces.values())
+    progress = Progress(done, count, first_host, say, unit)
     with contextlib.nullcontext() if stop else Watch() as watch:
         asked = stop or watch.asked
         for start, length in missing({s: n for s, (n, _) in pieces.items()}, count, batch):
             if asked():
                 progress.close()
-                done = sum(n for n, _ in pieces.values())
                 where = f" are in {directory}; the same command goes on" if directory else " done"
                 raise Interrupted(f"{done} of {count} {unit}s{where}")
             arrays = compute(start, length)
             if directory is not None and first_host:
-                files.replace(directory / f"{start:08d}_{length}.npz", _to_bytes(arrays))
+                path = directory / f"{start:08d}_{length}.npz"
+                files.replace_with(path, lambda file, arrays=arrays: np.savez(file, **arrays))
             pieces[start] = (length, arrays)
-            progress.update(start + length)
+            done += length
+            progress.update(done)
     progress.close()
-    ordered = [pieces[start][1] for start in sorted(pieces)]
-    return {name: np.concatenate([arrays[name] for arrays in ordered]) for name in ordered[0]}
+    ordered = [pieces.pop(start)[1] for start in sorted(pieces)]
+    return {
+        name: np.concatenate([arrays.pop(name) for arrays in ordered]) for name in [*ordered[0]]
+    }
 
 
 def missing(there: dict[int, int], count: int, batch: int) -> list[tuple[int, int]]:
@@ -89,33 +94,38 @@ def missing(there: dict[int, int], count: int, batch: int) -> list[tuple[int, in
     return gaps
 
 
-def _kept(directory: epath.Path) -> list[tuple[int, int, epath.Path]]:
-    found = sorted(directory.glob("*.npz"), key=lambda path: path.name)
-    return [(*map(int, path.stem.split("_")), path) for path in found]
+def read(path: epath.Path, names: Sequence[str] = ()) -> Arrays | None:
+    """The arrays of an .npz file, or those named; None, with a warning, where it is damaged."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
+            return {name: saved[name] for name in names or saved.files}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        logging.getLogger(__name__).warning("%s cannot be read: %s", path, reason)
+        return None
+
+
+def _kept(directory: epath.Path) -> dict[int, tuple[int, Arrays]]:
+    """The whole pieces there: {start: (length, arrays)}."""
+    kept = {}
+    for path in sorted(directory.glob("*.npz")):
+        name = re.fullmatch(r"(\d{8})_(\d+)", path.stem)
+        arrays = read(path) if name else None
+        if arrays is not None:
+            kept[int(name[1])] = int(name[2]), arrays
+    return kept
 
 
 def _check_protocol(directory: epath.Path, protocol: dict[str, Any]) -> None:
     file = directory / "protocol.json"
-    if not file.exists():
-        return
-    before, now = json.loads(file.read_text()), json.loads(json.dumps(protocol))
+    try:
+        before = json.loads(file.read_text()) if file.exists() else protocol
+    except ValueError:
+        before = {}
+    now = json.loads(json.dumps(protocol))
     for key in sorted({*before, *now}):
         if before.get(key) != now.get(key):
             raise RequestError(
                 f"{directory} was begun with {key}={before.get(key)}, not {now.get(key)}; "
                 "delete the directory to start again"
             )
-
-
-def _to_bytes(arrays: Arrays) -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    return buffer.getvalue()
-
-
-def _read(path: epath.Path) -> Arrays:
-    try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as saved:
-            return dict(saved)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise RequestError(f"{path} cannot be read ({error}); delete it and go on") from error

@@ -4,7 +4,7 @@ config.json     the resolved config
 checkpoints/    one directory a checkpoint, named after the updates done
 metrics.jsonl   a JSON object a line
 events.…        the same for TensorBoard
-best/           the checkpoint with the best result, where train.keep_best names one
+best/RESULT/    the checkpoint with the best of a result that train.keep_best names
 samples/        picture grids, and the outcome of --mode=sample
 evaluation/     results with their protocols, one JSON file each, and the arrays behind them
 figures/        plots
@@ -46,7 +46,18 @@ HARMLESS = (
     "parallel",
 )
 # What may differ when a trained model is used: nothing that says what it is a model of.
-FOR_USE = (*HARMLESS, "seed", "data", "train", "model.dtype", "model.dropout")
+FOR_USE = (
+    *HARMLESS,
+    *(
+        k
+        for k in config_lib.FIELDS
+        if k.startswith("data.") and not k.endswith(("size", "channels"))
+    ),
+    "seed",
+    "train",
+    "model.dtype",
+    "model.dropout",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +96,7 @@ class RunDirectory:
 
     @property
     def best(self) -> epath.Path:
-        """The directory of the best checkpoint."""
+        """The directory of the best checkpoints, one in the folder of each result."""
         return self.path / "best"
 
     @property
@@ -246,9 +257,9 @@ def load(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.replicated),
         {field: getattr(abstract, field)},
     )
-    where = directory.best if best else directory.checkpoints
-    if not where.exists():
-        hint = "; train with train.keep_best for one" if best else ""
+    where = directory.best / config.train.keep_best if best else directory.checkpoints
+    if not where.exists() or (best and not config.train.keep_best):
+        hint = "; name its result with train.keep_best, as when training" if best else ""
         what = "best checkpoint" if best else "checkpoint yet"
         raise config_lib.RequestError(f"--workdir={workdir}: the run has no {what}{hint}")
     checkpoints = Checkpoints(where)

@@ -6,8 +6,9 @@
 
 A run stands for its results, the newest of each name. Results of one name are compared; where their
 protocols differ, nothing is compared, and the differences are named. --allow=KEY lets a key of the
-protocol differ, --anyway all of them; the table then says in which they do. Beside each value is
-its difference from the first, with the error of independent errors.
+protocol differ, --anyway all of them; the table then says in which they do, as it does where the
+same quantity was estimated in another way (seed, terms, draws). Beside each value is its difference
+from the first, with the error that it has if the two errors are independent.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def read(argument: str) -> dict[str, Manifest]:
             f"{argument}: no results there; run ddpm_jax.main --mode=evaluate --workdir={argument}"
         )
     found.sort(key=lambda m: (m.subject["checkpoint"], m.provenance["time"]))
-    return {m.name: m for m in found}
+    newest = {m.name: m for m in found}
+    return {name: newest[name] for name in sorted(newest, key=lambda n: (n.split("_")[-1], n))}
 
 
 def compare(
@@ -75,6 +77,9 @@ def compare(
                         f"measure again, or --allow={key}, or --anyway"
                     )
                 noted.setdefault(label, []).append(f"{key}: {b}, not {a}")
+            estimators = one.measured.estimator, results[label][name].measured.estimator
+            for key, (a, b) in manifest.differences(*estimators).items():
+                noted.setdefault(label, []).append(f"{key}: {b}, not {a}")
         for label in results:
             lines.append(_row(name, label, results[label][name], one, noted.get(label, [])))
     return "\n".join(lines)
@@ -103,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         results = {}
-        for argument in args.results:
+        for argument in dict.fromkeys(a.rstrip("/") for a in args.results):
             found = read(argument)
             chosen = {n: m for n, m in found.items() if not args.metric or n in args.metric}
             if not chosen:

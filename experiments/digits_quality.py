@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import figures
+from ddpm_jax import figures, files
 from ddpm_jax.data import Source, open_source
 from ddpm_jax.evaluation.neighbors import neighbors_of
 from ddpm_jax.generation import load_images
@@ -72,20 +72,19 @@ def main() -> None:
     args = parser.parse_args()
     directory = RunDirectory.of(args.workdir)
     config = directory.load_config()
-    files = sorted(directory.samples.glob("*.npz"), key=lambda path: path.stat().mtime)
+    found = sorted(directory.samples.glob("*.npz"), key=lambda path: path.stat().mtime)
     if args.samples:
-        files = [path for path in [epath.Path(args.samples)] if path.is_file()]
-    if not files:
+        found = [path for path in [epath.Path(args.samples)] if path.is_file()]
+    if not found:
         raise config_lib.RequestError(
             f"no samples in {args.samples or directory.samples}: run ddpm_jax.main --mode=sample "
             "first"
         )
-    images, protocol = load_images(files[-1])
+    images, protocol = load_images(found[-1])
     train, test = open_source(config, "train"), open_source(config, "test")
     result = {**quality(images, train, test), "protocol": protocol}
     target = directory.path / "evaluation" / "digits_quality.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(result, indent=2) + "\n")
+    files.replace(target, json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
     _picture(directory.figures / "digits_neighbors.png", images[:16], train)
 

@@ -35,6 +35,7 @@ from ddpm_jax.parallel import make_layout
 from ddpm_jax.parts import collect
 
 TWO_CLASSES = (3, 5)  # Cats and dogs of CIFAR-10.
+LEAST = 20
 SHOWN = 12  # Images of each set in the picture.
 
 
@@ -54,7 +55,8 @@ def spoiled(images: np.ndarray, labels: np.ndarray | None) -> dict[str, np.ndarr
         sets[f"blur {deviation:g}"] = blur(images, deviation)
     if labels is not None:
         few = np.flatnonzero(np.isin(labels, TWO_CLASSES))
-        sets["two classes of ten"] = images[few[np.arange(n) % len(few)]]
+        if len(few):
+            sets["two classes of ten"] = images[few[np.arange(n) % len(few)]]
     sets["90 % copies"] = images[np.arange(n) % max(1, n // 10)]
     return sets
 
@@ -73,9 +75,12 @@ def blur(images: np.ndarray, deviation: float) -> np.ndarray:
     return np.clip(np.rint(smooth), 0, 255).astype(np.uint8)
 
 
-def _pool(source: Source, count: int, key: str) -> np.ndarray:
-    if count > len(source):
-        raise RequestError(f"--count={count}: {source.name}/{source.split} ({key}) has fewer")
+def _positions(source: Source, count: int) -> np.ndarray:
+    if not LEAST <= count <= len(source):
+        raise RequestError(
+            f"--count={count}: choose {LEAST} to {len(source)}, the images of "
+            f"{source.name}/{source.split}"
+        )
     return reference.evenly(len(source), count)
 
 
@@ -86,7 +91,7 @@ def table(
     e = config.evaluation
     real = open_source(config, e.reference)
     held_out = open_source(config, e.split[0])
-    positions = _pool(held_out, count, "evaluation.split")
+    positions = _positions(held_out, count)
     layout = make_layout("jit")
     batch = padded_batch(e.batch_size, layout)
     extractor = make_extractor(features, e.weights, e.cache_dir)
@@ -95,7 +100,7 @@ def table(
         extractor,
         compute,
         real,
-        len(_pool(real, count, "evaluation.reference")),
+        len(_positions(real, count)),
         False,
         e.cache_dir,
         "",
@@ -104,7 +109,7 @@ def table(
     )
     sets = spoiled(held_out.images(positions), held_out.labels(positions))
     lines = [
-        f"| {count:,} of {held_out.name}/{held_out.split} | KD × 1000 | FD |",
+        f"| {count:,} of {held_out.name}/{held_out.split}, {features} | KD × 1000 | FD |",
         "|---|---|---|",
     ]
     for name, images in sets.items():

@@ -78,7 +78,8 @@ def test_the_best_checkpoint_is_kept_and_says_so(trained):
     assert (run.step, run.rule) == (best, "best by bits_per_dim_test")
     again = runs.load(trained, step=best)
     assert runs.fingerprint(run.params) == runs.fingerprint(again.params)
-    assert len([p for p in (trained / "best").iterdir() if p.name.isdigit()]) == 1
+    kept = trained / "best" / "bits_per_dim_test"
+    assert [p.name for p in kept.iterdir() if p.name.isdigit()] == [str(best)]
     found = evaluate(trained, "--config.evaluation.checkpoint=best")
     result = found["bits_per_dim_test", best, "best by bits_per_dim_test"]
     assert result["value"] == pytest.approx(written[best]["bits_per_dim_test"], rel=1e-6)
@@ -117,21 +118,41 @@ def test_a_signal_during_evaluation_loses_nothing(trained, tmp_path, monkeypatch
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
+def test_numbers_of_another_protocol_are_no_rivals(trained, tmp_path):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    best, before = runs.load(workdir, best=True).step, lines(workdir)
+    settings = EVALUATION | {"evaluation__cache_dir": tmp_path / "c"}
+    settings |= {"evaluation__max_images": 20, "train__steps": 30}
+    assert train(workdir, **settings) == 0
+    records = metrics.read(runs.RunDirectory.of(workdir).metrics)
+    measured = [(r["step"], r["bits_per_dim_test"]) for r in records if "bits_per_dim_test" in r]
+    # Step 20, where it went on, was measured anew, under the new protocol.
+    assert [step for step, _ in measured] == [10, 20, 20, 30]
+    assert measured[1][1] == before[20]["bits_per_dim_test"] != measured[2][1]
+    rivals = dict(measured[2:])
+    assert runs.load(workdir, best=True).step == min(rivals, key=rivals.get)
+    assert best in (10, 20)
+
+
 def test_the_best_is_replaced_only_by_a_better(tmp_path):
     def params(value):
         return {"ema_params": {"w": jnp.full(3, value)}}
 
     best = Best(tmp_path / "best", "a")
-    assert best.beaten_by(5.0, "lower") and not best.beaten_by(float("nan"), "lower")
-    best.save(1, params(1), 5.0)
-    assert best.beaten_by(4.9, "lower") and not best.beaten_by(5.0, "lower")
-    assert best.beaten_by(5.1, "higher") and not best.beaten_by(4.9, "higher")
-    best.save(2, params(2), 4.0)
+    assert best.beaten_by(5.0, "lower", "p") and not best.beaten_by(float("nan"), "lower", "p")
+    best.save(1, params(1), 5.0, "p")
+    assert best.beaten_by(4.9, "lower", "p") and not best.beaten_by(5.0, "lower", "p")
+    assert best.beaten_by(5.1, "higher", "p") and not best.beaten_by(4.9, "higher", "p")
+    best.save(2, params(2), 4.0, "p")
     best.close()
     again = Best(tmp_path / "best", "a")
-    assert not again.beaten_by(4.5, "lower") and again.beaten_by(3.9, "lower")
+    assert not again.beaten_by(4.5, "lower", "p") and again.beaten_by(3.9, "lower", "p")
+    assert again.beaten_by(4.5, "lower", "another")
+    again.save(2, params(3), 4.5, "another")  # In its own place.
     again.close()
-    other = Best(tmp_path / "best", "b")  # Another result's number says nothing here.
-    assert other.beaten_by(4.5, "lower")
+    other = Best(tmp_path / "best", "b")  # Another result has its own.
+    assert other.beaten_by(9.0, "lower", "p")
     other.close()
-    assert Checkpoints(tmp_path / "best", keep=1).steps() == [2]
+    kept = tmp_path / "best" / "a"
+    assert Checkpoints(kept, keep=1).steps() == [2]
+    assert not [path for path in kept.iterdir() if "damaged" in path.name]

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import shutil
 import signal
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from runs_for_tests import arguments, start, train
 
 from ddpm_jax import figures, files, generation, keys, parts, runs, sampling
 from ddpm_jax.config import RequestError
+from ddpm_jax.interruption import Watch
 from ddpm_jax.main import main
 from ddpm_jax.training.metrics import NonFiniteError
 
@@ -80,16 +82,16 @@ def test_interrupted_sampling_goes_on_to_the_bit(run_directory, tmp_path, monkey
     whole, _, path = draw(workdir, count=11)
     path.unlink()
     written = []
-    original = files.replace
+    original = files.replace_with
 
-    def interrupting(path, content):
-        original(path, content)
+    def interrupting(path, write):
+        original(path, write)
         if path.parent.suffix == ".parts" and path.suffix == ".npz":
             written.append(path)
             if len(written) == 1:
                 signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(files, "replace", interrupting)
+    monkeypatch.setattr(files, "replace_with", interrupting)
     flags = ["--config.sample.count=11", "--config.sample.batch_size=4"]
     assert main([f"--workdir={workdir}", "--mode=sample", *flags]) == 75
     assert "4 of 11 images are in" in capsys.readouterr().err
@@ -104,14 +106,56 @@ def test_pieces_are_computed_around_those_of_any_length():
     assert parts.missing(there, 9, 2) == [(4, 2), (6, 1)]
 
 
-def test_a_damaged_piece_is_named(tmp_path):
-    one = {"x": np.arange(3)}
+def test_a_damaged_piece_is_computed_again(tmp_path, caplog):
+    calls = []
+
+    def piece(start, length):
+        calls.append(start)
+        return {"x": np.arange(start, start + length)}
+
+    def collect(count):
+        kept = {"directory": epath.Path(tmp_path), "protocol": {"a": 1}}
+        return parts.collect(count, 3, piece, "image", print, **kept)["x"].tolist()
+
+    collect(6)
+    (tmp_path / "foreign.npz").write_bytes(b"")
+    damaged = tmp_path / "00000003_3.npz"
+    damaged.write_bytes(damaged.read_bytes()[:-30])
+    assert collect(9) == list(range(9))
+    assert calls == [0, 3, 3, 6] and "00000003_3.npz cannot be read" in caplog.text
+
+
+def test_progress_counts_the_work_that_is_left(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(
+        parts,
+        "Progress",
+        lambda step, total, *_: (
+            shown.append((step, total)) or SimpleNamespace(update=shown.append, close=lambda: None)
+        ),
+    )
     kept = {"directory": epath.Path(tmp_path), "protocol": {"a": 1}}
-    parts.collect(3, 3, lambda start, length: one, "image", print, **kept)
-    (piece,) = tmp_path.glob("*.npz")
-    piece.write_bytes(piece.read_bytes()[:-30])
-    with pytest.raises(RequestError, match=f"{piece.name} cannot be read.*delete it"):
-        parts.collect(6, 3, lambda start, length: one, "image", print, **kept)
+    one = lambda start, length: {"x": np.zeros(length)}  # noqa: E731
+    parts.collect(4, 4, one, "image", print, **kept)
+    parts.collect(10, 4, one, "image", print, **kept)
+    assert shown == [(0, 4), 4, (4, 10), 8, 10]
+
+
+def test_a_damaged_file_of_samples_is_named(run_directory, tmp_path):
+    workdir = shutil.copytree(run_directory, tmp_path / "run")
+    run, directory = runs.load(workdir), runs.RunDirectory.of(workdir).samples
+    path = generation.generate(run, directory, print)
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(RequestError, match=f"{path.name} cannot be read; move it away"):
+        generation.generate(run, directory, print)
+
+
+def test_a_signal_at_the_very_end_is_for_the_outer_watch():
+    with Watch() as outer:
+        with Watch() as inner:
+            assert not inner.asked()
+            signal.raise_signal(signal.SIGTERM)
+        assert outer.asked()
 
 
 def test_samples_that_are_not_numbers_are_refused(run_directory):

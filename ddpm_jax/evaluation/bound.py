@@ -7,9 +7,8 @@ of them, chosen so that their weighted sum is unbiased. Sums over images are flo
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +89,19 @@ def compile_terms(
     return on_host
 
 
+def checked_terms(terms: int, num_steps: int) -> int:
+    """`terms`, or 0 where they are all of the chain's.
+
+    Raises:
+      ValueError: fewer than two, of which one is always the decoder's.
+    """
+    if terms >= num_steps:
+        return 0
+    if terms < 0 or terms == 1:
+        raise ValueError(f"terms={terms}: one is always the decoder's; choose 2 or more, or 0")
+    return terms
+
+
 def strata(num_steps: int, count: int) -> np.ndarray:
     """int [count]: the first times of count − 1 parts of 2..T, and T + 1 at the end.
 
@@ -133,7 +145,8 @@ class Bound:
     x_t, is column t − 1); column t of the errors belongs to x_t; column k of `rate` is Σ_{j≥k} L_j,
     what has been sent when x_{k−1} can be drawn:
       terms, terms_error, x0_mse, x0_mse_error, eps_mse, eps_mse_error, rate, rate_error: means and
-      their standard errors over images; NaN where none was evaluated.
+      their standard errors over images. NaN where no image's term was evaluated; `rate`, whose
+      every image is an unbiased estimate, has no such gaps.
     """
 
     total: np.ndarray
@@ -172,11 +185,9 @@ class Bound:
             return None
         return float(np.sqrt(self.total.var(axis=1, ddof=1).sum() / draws) / images)
 
-    def to_npz(self) -> bytes:
-        """All of it as an .npz file."""
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **dataclasses.asdict(self))
-        return buffer.getvalue()
+    def save(self, file: BinaryIO) -> None:
+        """Writes all of it as an .npz file."""
+        np.savez_compressed(file, **dataclasses.asdict(self))
 
 
 def _mean_and_error(values: np.ndarray) -> tuple[float, float | None]:
@@ -231,7 +242,7 @@ def measure(
         return found
 
     pieces = collect(len(positions), batch, piece, "image", say, **keep)
-    return _bound(pieces, all_terms=not terms)
+    return _bound(pieces)
 
 
 _SUMMED = ("terms", "x0_mse", "eps_mse", "rate")
@@ -263,7 +274,10 @@ def _piece(drawn: list[Terms], weight: np.ndarray, num_steps: int) -> dict[str, 
             means[name][:, -1] = prior
     for name in ("x0_mse", "eps_mse"):
         means[name][:, 0] = 0
-    means["rate"] = means["terms"][:, ::-1].cumsum(axis=1)[:, ::-1]
+    # Each term stands for its part of the times, wherever in it its own time was drawn.
+    sent = np.roll(_by_time(every["terms"] * weight, times, num_steps), -1, axis=1) / times.shape[1]
+    sent[:, -1] = prior
+    means["rate"] = sent[:, ::-1].cumsum(axis=1)[:, ::-1]
     for name, mean in means.items():
         seen = np.isfinite(mean)
         value = np.where(seen, mean, 0.0)
@@ -282,7 +296,7 @@ def _by_time(values: np.ndarray, times: np.ndarray, num_steps: int) -> np.ndarra
     return flat.reshape(len(values), num_steps + 1)
 
 
-def _bound(pieces: dict[str, np.ndarray], all_terms: bool) -> Bound:
+def _bound(pieces: dict[str, np.ndarray]) -> Bound:
     columns = {}
     for name in _SUMMED:
         n = pieces[f"{name}_count"].sum(axis=0)
@@ -291,9 +305,6 @@ def _bound(pieces: dict[str, np.ndarray], all_terms: bool) -> Bound:
             spread = np.maximum(pieces[f"{name}_squares"].sum(axis=0) / n - mean**2, 0)
             columns[name] = mean
             columns[f"{name}_error"] = np.sqrt(spread / (n - 1))
-    if not all_terms:  # An image's sum from T down has gaps; the means' sum has none, or few.
-        columns["rate"] = columns["terms"][::-1].cumsum()[::-1]
-        columns["rate_error"] = np.full_like(columns["rate"], np.nan)
     per_image = {name: pieces[name] for name in ("total", "decoder", "x0_mse_1", "prior")}
     return Bound(**per_image, **columns)
 
@@ -316,10 +327,11 @@ def bits_per_dim(
       denoiser: (x_t, t) -> output, whatever it is made with; jit compiles it.
       others: as for `compile_terms` and `measure`.
     Raises:
-      ValueError: images that are not uint8 [n, h, w, c].
+      ValueError: images that are not uint8 [n, h, w, c], or terms=1.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
         raise ValueError(f"images must be uint8 [n, h, w, c], not {images.dtype} {images.shape}")
+    terms = checked_terms(terms, process.schedule.num_steps)
     layout = make_layout("jit")
     batch = -(-min(batch, len(images)) // layout.num_devices) * layout.num_devices
     compute = compile_terms(

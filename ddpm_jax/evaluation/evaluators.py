@@ -8,27 +8,29 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
+import ml_collections
 import numpy as np
 
-from ddpm_jax import figures, files, generation, sampling
+from ddpm_jax import figures, files, generation, parts, sampling
 from ddpm_jax.config import RequestError
 from ddpm_jax.data import Source, open_source
 from ddpm_jax.evaluation import bound, cost, names, reference
+from ddpm_jax.evaluation.drawing import Drawer
 from ddpm_jax.evaluation.features import Extractor, make_extractor
 from ddpm_jax.evaluation.manifest import Measured, digest
 from ddpm_jax.evaluation.neighbors import neighbors_of
-from ddpm_jax.evaluation.quality import METRICS, Sets
+from ddpm_jax.evaluation.quality import METRICS, Sets, check
 from ddpm_jax.parallel import first_hosts
 from ddpm_jax.parts import collect
 from ddpm_jax.runs import Run, RunDirectory, fingerprint, image_shape
 
 Say = Callable[[str], None]
 NEIGHBORS_SHOWN = 16
+VERSION = 1  # Raised when the same request of the same parameters would give another number.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,14 +74,36 @@ def make_evaluators(run: Run, say: Say) -> list[Evaluator]:
       RequestError: data or weights are missing or do not fit.
     """
     e = run.config.evaluation
-    requests = [names.parse(metric) for metric in e.metrics]
+    requests = list(dict.fromkeys(names.parse(metric) for metric in e.metrics))
     found: list[Evaluator] = []
     if (names.BOUND, "") in requests:
         found += [BoundEvaluator(run, split, say) for split in e.split]
+    drawer = Drawer(say)
     for features in dict.fromkeys(f for _, f in requests if f):
         metrics = [metric for metric, f in requests if f == features]
-        found.append(QualityEvaluator(run, features, metrics, say))
+        try:
+            extractor = make_extractor(features, e.weights, e.cache_dir)
+        except RequestError as error:
+            others = [m for m in e.metrics if names.parse(m)[1] != features]
+            hint = f"; or leave it out: --config.evaluation.metrics={','.join(others)}"
+            raise RequestError(f"{error}{hint if others else ''}") from error
+        found.append(QualityEvaluator(run, extractor, metrics, say, drawer))
     return found
+
+
+def _open(config: ml_collections.ConfigDict, split: str, key: str) -> Source:
+    """The split, which the config names at `key`."""
+    try:
+        return open_source(config, split)
+    except RequestError as error:
+        where = str(error).replace("config.data.split=", f"config.{key}=")
+        raise RequestError(where) from error
+
+
+def result_key(run: Run, asked: Asked) -> str:
+    """Eight digits in the files of a result: of all that the number depends on."""
+    process = run.config.diffusion.to_dict()
+    return digest(VERSION, asked.protocol, asked.estimator, process, fingerprint(run.params))
 
 
 def _model_protocol(run: Run) -> dict[str, Any]:
@@ -101,12 +125,12 @@ class BoundEvaluator:
     def __init__(self, run: Run, split: str, say: Say):
         self._run, self._say, self._split = run, say, split
         e = run.config.evaluation
-        self._source = open_source(run.config, split)
+        self._source = _open(run.config, split, "evaluation.split")
         self._positions = _positions(self._source, e.max_images, "evaluation.max_images")
         wanted = min(e.batch_size, len(self._positions))
         self._batch = generation.padded_batch(wanted, run.layout)
         self._process = sampling.shorten(run.process, e.steps) if e.steps else run.process
-        self._terms = e.terms if e.terms < self._process.schedule.num_steps else 0
+        self._terms = bound.checked_terms(e.terms, self._process.schedule.num_steps)
         self._compute = bound.compile_terms(
             run.layout,
             self._process,
@@ -155,10 +179,10 @@ class BoundEvaluator:
         keep: dict[str, Any] = {"stop": stop}
         if directory is not None:
             asked = self.asked[f"{names.BOUND}_{self._split}"]
-            key = digest(asked.protocol, asked.estimator, fingerprint(run.params))
+            key = result_key(run, asked)
             stem = f"step{run.step}_bound_{self._split}_{key}"
-            parts = directory.evaluation / f"{stem}.parts"
-            keep |= {"directory": parts, "protocol": {"key": key}}
+            pieces = directory.evaluation / f"{stem}.parts"
+            keep |= {"directory": pieces, "protocol": {"key": key}}
         measured = bound.measure(
             self._compute,
             run.params,
@@ -176,8 +200,8 @@ class BoundEvaluator:
             arrays = directory.evaluation / f"{stem}.npz"
             details["arrays"] = arrays.name
             if jax.process_index() == 0:
-                files.replace(arrays, measured.to_npz())
-                parts.rmtree()
+                files.replace_with(arrays, measured.save)
+                pieces.rmtree()
         for value, (number, error) in measured.summary().items():
             name = f"{value}_{self._split}"
             if name in wanted:
@@ -188,25 +212,45 @@ class BoundEvaluator:
 class QualityEvaluator:
     """Metrics of samples against real images in the features of one network."""
 
-    def __init__(self, run: Run, features: str, metrics: list[str], say: Say):
+    def __init__(
+        self,
+        run: Run,
+        extractor: Extractor,
+        metrics: Sequence[str],
+        say: Say,
+        drawer: Drawer | None = None,
+    ):
+        """See `make_evaluators`.
+
+        Args:
+          extractor: of `features.make_extractor`, or your own from `features.from_function`.
+          metrics: keys of `quality.METRICS`.
+          drawer: of the samples, shared by evaluators of the same run.
+        """
         # What is measured is the count of evaluation, drawn as `sample` says.
         config = copy.deepcopy(run.config)
         config.sample.count = config.evaluation.count
         self._run = dataclasses.replace(run, config=config)
         e = config.evaluation
         self._say, self._metrics = say, metrics
-        self._extractor = make_extractor(features, e.weights, e.cache_dir)
-        _check_metrics(self._extractor, metrics, e.count)
-        self._source = open_source(config, e.reference)
+        self._extractor, features = extractor, extractor.name
+        self._source = _open(config, e.reference, "evaluation.reference")
         _positions(self._source, e.reference_count, "evaluation.reference_count")
         others = [split for split in e.split if split != e.reference]
-        self._held_out = open_source(config, others[0]) if others and "nearest" in metrics else None
+        self._held_out = None
+        if others and "nearest" in metrics:
+            self._held_out = _open(config, others[0], "evaluation.split")
+        try:
+            real = e.reference_count or len(self._source)
+            check(metrics, extractor, e.count, image_shape(config), real)
+        except ValueError as error:
+            raise RequestError(f"config.evaluation: {error}") from error
         self._batch = generation.padded_batch(e.batch_size, run.layout)
-        self._compute = reference.compile_extractor(self._extractor, run.layout, self._batch)
-        self._sampler: Callable[..., generation.Drawn] | None = None
+        self._compute = reference.compile_extractor(extractor, run.layout, self._batch)
+        self._draw = drawer or Drawer(say)
         self._references: dict[str, reference.Reference] = {}
         if e.statistics:  # A file that does not fit is found now.
-            self._reference(self._source)
+            self._reference(self._source, None)
         how, num_steps = config.sample, config.diffusion.num_steps
         real = reference.data_protocol(self._source, e.reference_count)
         protocol = {
@@ -241,14 +285,14 @@ class QualityEvaluator:
         run = dataclasses.replace(self._run, step=step, params=params)
         wanted = self.asked if wanted is None else wanted
         name = self._extractor.name
-        real = self._reference(self._source) if set(self._metrics) - {"is"} else None
-        held_out = self._reference(self._held_out) if self._held_out is not None else None
-        images, outside = self._samples(run, directory, stop)
+        real = self._reference(self._source, stop) if set(self._metrics) - {"is"} else None
+        held_out = self._reference(self._held_out, stop) if self._held_out is not None else None
+        images, outside = self._draw(run, directory, stop)
         found = self._features(run, images, directory, stop)
         sets = Sets(
             found["features"],
             found.get("logits"),
-            *((real.features, real.statistics) if real else (None, None)),
+            real,
             held_out.features if held_out else None,
             run.config.seed,
         )
@@ -258,16 +302,18 @@ class QualityEvaluator:
             values = names.KINDS[metric].values
             if not any(names.quality_name(v, name, count) in wanted for v in values):
                 continue
-            for value, estimate in METRICS[metric][1](sets).items():
+            for value, estimate in METRICS[metric][2](sets).items():
                 result = names.quality_name(value, name, count)
                 more = details | estimate.details
                 yield result, _measured(*estimate[:2], self.asked[result], more)
             if metric == "nearest" and directory is not None and jax.process_index() == 0:
-                picture = directory.evaluation / f"step{run.step}_nearest_{name}.png"
+                result = names.quality_name("nearest", name, count)
+                key = result_key(run, self.asked[result])
+                picture = directory.evaluation / f"step{run.step}_{result}_{key}.png"
                 self._show(picture, images, sets)
                 self._say(f"samples over their nearest of {self._source.split}: {picture}")
 
-    def _reference(self, source: Source) -> reference.Reference:
+    def _reference(self, source: Source, stop: Callable[[], bool] | None) -> reference.Reference:
         """Computed once for all calls."""
         e = self._run.config.evaluation
         if source.split not in self._references:
@@ -282,30 +328,9 @@ class QualityEvaluator:
                 e.statistics if is_reference else "",
                 self._batch,
                 self._say,
+                stop,
             )
         return self._references[source.split]
-
-    def _samples(
-        self, run: Run, directory: RunDirectory | None, stop: Callable[[], bool] | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        how = run.config.sample
-        batch = generation.padded_batch(min(how.batch_size, how.count), run.layout)
-        if self._sampler is None:
-            steps = (how.steps or run.config.diffusion.num_steps) * -(-how.count // batch)
-            shape = (batch, *image_shape(run.config))
-            what = f"{how.count:,} samples"
-            cost.announce(what, run.layout, run.apply, run.params, shape, steps, self._say)
-            self._sampler = generation.compile_sampler(
-                run.layout, run.process, run.model, run.config, run.params_sharding
-            )
-        if directory is None:
-            drawn = generation.draw(
-                self._sampler, run.params, how.count, batch, self._say, stop=stop
-            )
-            return drawn["images"], drawn["outside"]
-        path = generation.generate(run, directory.samples, self._say, self._sampler)
-        images, _ = generation.load_images(path)
-        return images, generation.load_outside(path)
 
     def _features(
         self,
@@ -321,15 +346,13 @@ class QualityEvaluator:
             return collect(len(images), self._batch, piece, "image", self._say, stop=stop)
         key = digest(generation.sampling_protocol(run), self._extractor.identity)
         path = directory.evaluation / f"step{run.step}_{self._extractor.name}_{key}.npz"
-        if first_hosts(np.array(path.exists())):
-            with path.open("rb") as file, np.load(file) as saved:
-                return dict(saved)
+        there = parts.read(path) if path.exists() else None
+        if first_hosts(np.array(there is not None)):
+            return there
         keep = {"directory": path.with_suffix(".parts"), "protocol": {"key": key}}
         found = collect(len(images), self._batch, piece, "image", self._say, stop=stop, **keep)
         if jax.process_index() == 0:
-            buffer = io.BytesIO()
-            np.savez(buffer, **found)
-            files.replace(path, buffer.getvalue())
+            files.replace_with(path, lambda file: np.savez(file, **found))
             keep["directory"].rmtree()
         return found
 
@@ -340,7 +363,7 @@ class QualityEvaluator:
         sets: Sets,
     ) -> None:
         shown = slice(0, NEIGHBORS_SHOWN)
-        nearest = neighbors_of(sets.features[shown], sets.real).positions[:, 0]
+        nearest = neighbors_of(sets.features[shown], sets.real.features).positions[:, 0]
         e = self._run.config.evaluation
         positions = reference.evenly(len(self._source), e.reference_count)
         neighbors = self._source.images(positions[nearest % len(positions)])
@@ -363,17 +386,3 @@ def _positions(source: Source, count: int, key: str) -> np.ndarray:
             f"config.{key}={count}: split {source.split} of {source.name} has only "
             f"{len(source)} images; set that or 0, for all of them"
         ) from None
-
-
-def _check_metrics(extractor: Extractor, metrics: list[str], count: int) -> None:
-    for metric in metrics:
-        if metric == "is" and not extractor.has_logits:
-            raise RequestError(
-                f"config.evaluation.metrics=is_{extractor.name}: these weights have no logits; "
-                "use pt_inception-2015-12-05-6726825d.pth"
-            )
-        least, _ = METRICS[metric]
-        if count < least:
-            raise RequestError(
-                f"config.evaluation.count={count}: {metric} needs at least {least} samples"
-            )

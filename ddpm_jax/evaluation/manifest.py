@@ -12,6 +12,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
+import math
 import platform
 from typing import Any
 
@@ -60,7 +61,7 @@ class Measured(float):
     def text(self) -> str:
         """The number to the digits that its error leaves it, e.g. "4.480 ± 0.021 bits/dim"."""
         error = self.standard_error
-        if not error:
+        if not error or not math.isfinite(error):
             shown = f"{float(self):.6g}"
         elif abs(self) < 1e-4 and error < 1e-4:
             shown = f"{float(self):.3g} ± {error:.2g}"
@@ -126,7 +127,9 @@ def load(path: epath.PathLike) -> Manifest:
         content = json.loads(path.read_text())
         fields = ("standard_error", "unit", "better", "protocol", "estimator", "details")
         measured = Measured(content["value"], *(content[field] for field in fields))
-        return Manifest(content["name"], measured, content["subject"], content["provenance"])
+        subject, provenance = content["subject"], content["provenance"]
+        subject["checkpoint"], provenance["time"]  # Everything of it is relied upon.
+        return Manifest(content["name"], measured, subject, provenance)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a result's manifest: {error!r}") from error
 

@@ -79,7 +79,8 @@ def results(metrics: tuple[str, ...], splits: tuple[str, ...], count: int) -> di
         if metric == BOUND:
             units = dict.fromkeys(BOUND_RESULTS, "bits/dim") | {"rmse": "RMSE on 0–255"}
             for split in splits:
-                found |= {f"{v}_{split}": Kind((v,), "lower", units[v]) for v in BOUND_RESULTS}
+                better = dict.fromkeys(BOUND_RESULTS, "lower") | {"prior": ""}
+                found |= {f"{v}_{split}": Kind((v,), better[v], units[v]) for v in BOUND_RESULTS}
             continue
         kind = KINDS[metric]
         found |= {quality_name(v, features, count): kind for v in kind.values}
@@ -108,7 +109,7 @@ def check(config: ml_collections.ConfigDict) -> None:
             "evaluation.steps: diffusion.variance=learned is the variance of single steps, "
             "wrong for longer ones; choose learned_range, or all the steps"
         )
-    if e.checkpoint not in ("newest", "best") and not e.checkpoint.isdigit():
+    if e.checkpoint not in ("newest", "best") and not re.fullmatch("[0-9]+", e.checkpoint):
         raise ValueError(
             f"evaluation.checkpoint={e.checkpoint}: choose newest, best, or a step's number"
         )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
-import io
 import json
 import logging
 import zipfile
 import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,24 +18,30 @@ from etils import epath
 
 from ddpm_jax import files
 from ddpm_jax.config import RequestError
-from ddpm_jax.data import Source
+from ddpm_jax.data import ArraySource, Source
 from ddpm_jax.evaluation.features import Extractor
 from ddpm_jax.evaluation.frechet import Statistics, statistics_of
 from ddpm_jax.evaluation.manifest import differences
 from ddpm_jax.parallel import Layout, first_hosts, from_host, to_host
 from ddpm_jax.parts import collect
 
-PROBES = 64  # Images whose bytes tell one version of a set from another.
+PROBES = 1024  # Images whose bytes tell versions of a set apart that does not fit into memory.
+CHUNK = 1024  # Images read at a time.
 
 Compute = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
-class Reference(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Reference:
     """Real images' features, float32 [n, d], and what they are of."""
 
     features: np.ndarray
-    statistics: Statistics
     protocol: dict[str, Any]
+
+    @functools.cached_property
+    def statistics(self) -> Statistics:
+        """Their mean and covariance, computed when first asked for: [d, d] can be too large."""
+        return statistics_of(self.features)
 
 
 def evenly(total: int, count: int) -> np.ndarray:
@@ -52,16 +59,23 @@ def evenly(total: int, count: int) -> np.ndarray:
 def data_protocol(source: Source, count: int) -> dict[str, Any]:
     """What tells a set of images from any other, and another version of it. JSON-able.
 
-    `crc32` is that of PROBES images spread over the split.
+    `crc32` is that of all images of the split, or of PROBES of them where they are decoded one by
+    one.
     """
-    probes = source.images(evenly(len(source), min(PROBES, len(source))))
+    checked = evenly(
+        len(source), 0 if isinstance(source, ArraySource) else min(PROBES, len(source))
+    )
+    crc = 0
+    for start in range(0, len(checked), CHUNK):
+        images = source.images(checked[start : start + CHUNK])
+        crc = zlib.crc32(np.ascontiguousarray(images).tobytes(), crc)
     return {
         "data": source.name,
         "split": source.split,
         "images": count or len(source),
         "of": len(source),
         "shape": list(source.image_shape),
-        "crc32": f"{zlib.crc32(np.ascontiguousarray(probes).tobytes()):08x}",
+        "crc32": f"{crc:08x}",
     }
 
 
@@ -70,6 +84,10 @@ def compile_extractor(extractor: Extractor, layout: Layout, batch: int) -> Compu
 
     The batch is padded to its full size, a multiple of the devices, and the padding dropped.
     """
+    if extractor.on_host:
+        return lambda images: {
+            k: np.asarray(v) for k, v in extractor.apply(extractor.params, images).items()
+        }
     one = layout.split(0)
     apply = jax.jit(extractor.apply, out_shardings=one)
     params = jax.device_put(extractor.params, layout.replicated)
@@ -93,6 +111,7 @@ def load_reference(
     file: str,
     batch: int,
     say: Callable[[str], None],
+    stop: Callable[[], bool] | None = None,
 ) -> Reference:
     """The features of real images, from their file or computed and kept.
 
@@ -102,8 +121,10 @@ def load_reference(
       count: how many, spread evenly; 0 for all.
       mirror: whether their mirror images are added.
       cache_dir: where files and unfinished pieces are kept.
-      file: a file of another machine's cache, to be used instead; "" for none.
+      file: a file of another machine's cache, or the folder of all of them, to be used instead;
+        "" for none.
       batch: images at a time.
+      stop: see `parts.collect`.
     Raises:
       RequestError: `file` is missing, damaged, or of another protocol.
     """
@@ -118,9 +139,12 @@ def load_reference(
     title = f"{extractor.name}_{source.name}_{source.split}_{len(positions)}".replace("/", "_")
     stem = f"{title}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     path = epath.Path(file or cache_dir).expanduser()
-    path = path if file else path / f"{stem}.npz"
+    if not file or path.is_dir():
+        path = path / f"{stem}.npz"
     total = len(positions) * (2 if mirror else 1)
-    there = _from_first_host(path, protocol, file, (total, _width(extractor, source)))
+    there = _from_first_host(
+        path, protocol, file, (total, extractor.num_features(source.image_shape))
+    )
     if there is not None:
         return there
 
@@ -133,9 +157,8 @@ def load_reference(
     say(f"{extractor.name}: features of {total:,} images of {source.name}/{source.split}")
     # A cache need not be shared by the hosts, as pieces on several would have to be.
     parts = path.parent / f"{stem}.parts" if jax.process_count() == 1 else None
-    found = collect(total, batch, piece, "image", say, directory=parts, protocol=protocol)
-    features = found["features"]
-    reference = Reference(features, statistics_of(features), protocol)
+    found = collect(total, batch, piece, "image", say, parts, protocol, stop)
+    reference = Reference(found["features"], protocol)
     if jax.process_index() == 0:
         _save(path, reference)
     if parts is not None:
@@ -158,9 +181,9 @@ def _from_first_host(
     state, features, error = _MISSING, np.zeros(shape, np.float32), None
     if jax.process_index() == 0:
         try:
-            features, state = _load(path, protocol), _THERE
+            features, state = _load(path, protocol, shape), _THERE
         except FileNotFoundError:
-            error = "no such file"
+            error = f"no file {path}"
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as reason:
             error = str(reason).splitlines()[0] if str(reason) else repr(reason)
             if not file:
@@ -173,27 +196,22 @@ def _from_first_host(
     if state == _MISSING:
         return None
     features = first_hosts(features)
-    return Reference(features, statistics_of(features), protocol)
-
-
-def _width(extractor: Extractor, source: Source) -> int:
-    try:
-        return extractor.num_features(source.image_shape)
-    except ValueError as error:
-        raise RequestError(f"config.evaluation.metrics: {error}") from error
+    return Reference(features, protocol)
 
 
 def _save(path: epath.Path, reference: Reference) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, features=reference.features, protocol=json.dumps(reference.protocol))
-    files.replace(path, buffer.getvalue())
+    arrays = {"features": reference.features, "protocol": json.dumps(reference.protocol)}
+    files.replace_with(path, lambda file: np.savez(file, **arrays))
 
 
-def _load(path: epath.Path, protocol: dict[str, Any]) -> np.ndarray:
+def _load(path: epath.Path, protocol: dict[str, Any], shape: tuple[int, int]) -> np.ndarray:
     with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
         there = json.loads(str(saved["protocol"]))
         differing = differences(there, json.loads(json.dumps(protocol)))
         if differing:
             key, (theirs, ours) = next(iter(differing.items()))
             raise ValueError(f"it holds features with {key}={theirs}, not {ours}")
-        return saved["features"]
+        features = saved["features"]
+    if features.shape != shape or features.dtype != np.float32:
+        raise ValueError(f"it holds {features.dtype} {list(features.shape)}, not float32 {shape}")
+    return features

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from ddpm_jax.evaluation import manifest
-from ddpm_jax.evaluation.evaluators import Evaluator, make_evaluators
+from ddpm_jax.evaluation.evaluators import Evaluator, make_evaluators, result_key
 from ddpm_jax.evaluation.manifest import Manifest, Measured
+from ddpm_jax.interruption import Interrupted, Watch
 from ddpm_jax.parallel import first_hosts
 from ddpm_jax.runs import Run, RunDirectory, fingerprint, load
 
@@ -36,8 +39,9 @@ def evaluate(run: Run, directory: RunDirectory, say: Callable[[str], None]) -> d
       NonFiniteError: samples that are not numbers.
     """
     results: dict[str, Measured] = {}
-    for evaluator in make_evaluators(run, say):
-        results |= evaluate_and_keep(evaluator, run, directory, say)
+    with Watch() as watch:
+        for evaluator in make_evaluators(run, say):
+            results |= evaluate_and_keep(evaluator, run, directory, say, watch.asked)
     return results
 
 
@@ -46,29 +50,22 @@ def evaluate_and_keep(
     run: Run,
     directory: RunDirectory,
     say: Callable[[str], None],
-    stop: Callable[[], bool] | None = None,
+    stop: Callable[[], bool],
     keep_arrays: bool = True,
 ) -> dict[str, Measured]:
     """One evaluator's results, those that are missing computed and saved.
 
     Args:
+      stop: whether to stop, asked between pieces and results.
       keep_arrays: whether samples, arrays and unfinished pieces are kept on the disk as well.
     """
-    checksum = fingerprint(run.params)
     paths = {
-        name: directory.evaluation
-        / (
-            f"step{run.step}_{name}_"
-            f"{manifest.digest(asked.protocol, asked.estimator, checksum)}.json"
-        )
+        name: directory.evaluation / f"step{run.step}_{name}_{result_key(run, asked)}.json"
         for name, asked in evaluator.asked.items()
     }
-    exists = first_hosts(np.array([path.exists() for path in paths.values()]))
-    there = {
-        name: manifest.load(path).measured
-        for (name, path), is_there in zip(paths.items(), exists, strict=True)
-        if is_there
-    }
+    there = {name: _read(path) for name, path in paths.items()}
+    exists = first_hosts(np.array([measured is not None for measured in there.values()]))
+    there = {n: m for (n, m), kept in zip(there.items(), exists, strict=True) if kept}
     wanted = [name for name in paths if name not in there]
     for name, measured in there.items():
         say(f"{name}: {measured.text()} ({paths[name].name}, measured before)")
@@ -77,11 +74,13 @@ def evaluate_and_keep(
     subject = {
         "run": directory.path.name,
         "checkpoint": run.step,
-        "parameters_crc32": checksum,
+        "parameters_crc32": fingerprint(run.params),
         "config": run.config.to_dict(),
     }
     start = time.monotonic()
-    found = {}
+    found: dict[str, Measured] = {}
+    if stop():
+        raise Interrupted(f"stopped before {wanted[0]}; the same command goes on")
     where = directory if keep_arrays else None
     for name, measured in evaluator(run.step, run.params, wanted, where, stop):
         found[name] = measured
@@ -89,4 +88,15 @@ def evaluate_and_keep(
             provenance = manifest.provenance(time.monotonic() - start)
             manifest.save(paths[name], Manifest(name, measured, subject, provenance))
         say(f"{name}: {measured.text()} ({paths[name].name})")
+        if stop() and len(found) < len(wanted):
+            raise Interrupted(f"stopped after {name}; the same command goes on")
     return there | found
+
+
+def _read(path: epath.Path) -> Measured | None:
+    """The result kept there; None where there is none, or a damaged one."""
+    try:
+        return manifest.load(path).measured if path.exists() else None
+    except ValueError as error:
+        logging.getLogger(__name__).warning("%s; it is measured again", error)
+        return None

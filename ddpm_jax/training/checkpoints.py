@@ -116,6 +116,11 @@ class Checkpoints:
             )
         return None
 
+    def delete(self, step: int) -> None:
+        """Removes a checkpoint."""
+        self.wait()
+        self._manager.delete(step)
+
     def notes(self, step: int) -> dict[str, Any]:
         """The notes saved with a step; empty where they cannot be read."""
         try:
@@ -141,28 +146,38 @@ class Best:
     """The checkpoint with the best value of one result, as papers report at the minimum FID."""
 
     def __init__(self, directory: epath.PathLike, result: str):
-        """Opens the directory, which need not exist; `result` is the result's name."""
-        self._checkpoints, self._result = Checkpoints(directory, keep=1), result
-        self._value: float | None = None
+        """Opens `<directory>/<result>`, which need not exist; `result` is the result's name."""
+        self._checkpoints, self._result = (
+            Checkpoints(epath.Path(directory) / result, keep=1),
+            result,
+        )
+        self._notes: dict[str, Any] = {}
         for step in self._checkpoints.steps()[:1]:
-            notes = self._checkpoints.notes(step)
-            if notes.get("result") == result:
-                self._value = notes["value"]
+            self._notes = self._checkpoints.notes(step)
 
-    def beaten_by(self, value: float, better: str) -> bool:
-        """Whether a value is better ("lower" or "higher") than that of the checkpoint there."""
-        if not math.isfinite(value) or self._value is None:
+    def beaten_by(self, value: float, better: str, protocol: str) -> bool:
+        """Whether a value is better than that of the checkpoint there.
+
+        Args:
+          better: "lower" or "higher".
+          protocol: what the value was measured under; that of another is no rival.
+        """
+        if not math.isfinite(value) or self._notes.get("protocol") != protocol:
             return math.isfinite(value)
-        return value < self._value if better == "lower" else value > self._value
+        before = self._notes["value"]
+        return value < before if better == "lower" else value > before
 
-    def save(self, step: int, params: Any, value: float) -> None:
+    def save(self, step: int, params: Any, value: float, protocol: str) -> None:
         """Starts writing {"ema_params": …, "params": …} in the place of the one before.
 
         Raises:
           CheckpointError: it, or the one before, could not be written.
         """
-        self._checkpoints.save(step, params, {"result": self._result, "value": value})
-        self._value = value
+        self._notes = {"result": self._result, "value": value, "protocol": protocol}
+        for there in self._checkpoints.steps():
+            if there >= step:  # Measured in another way, or in a later life: no rival any more.
+                self._checkpoints.delete(there)
+        self._checkpoints.save(step, params, self._notes)
 
     def close(self) -> None:
         """Returns when everything is on the disk.

@@ -17,7 +17,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax import figures, files
 from ddpm_jax.data import Batches, Source, nbytes, open_source
 from ddpm_jax.evaluation.evaluators import Evaluator, make_evaluators
-from ddpm_jax.evaluation.manifest import Measured
+from ddpm_jax.evaluation.manifest import Measured, digest
 from ddpm_jax.evaluation.results import evaluate_and_keep
 from ddpm_jax.generation import GRID_IMAGES, compile_sampler, padded_batch
 from ddpm_jax.interruption import Interrupted, Watch
@@ -103,6 +103,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, say: Callable[[str], 
     """
     job = make_job(config)
     source = open_source(config, batch_size=config.train.batch_size)
+    evaluators = make_evaluators(_template(job), say) if config.train.evaluate_every else []
     directory = RunDirectory.of(workdir)
     directory.save_config(config)
     parameters = sum(x.size for x in jax.tree.leaves(job.abstract.params))
@@ -116,7 +117,6 @@ def train(config: ml_collections.ConfigDict, workdir: str, say: Callable[[str], 
     say(f"writing to {directory.path}")
     checkpoints = Checkpoints(directory.checkpoints, config.train.keep_checkpoints)
     try:
-        evaluators = make_evaluators(_template(job), say) if config.train.evaluate_every else []
         with Watch() as watch:
             _Loop(job, source, directory, checkpoints, watch, say, evaluators).run()
     finally:
@@ -166,8 +166,9 @@ class _Loop:
 
     def _keeps(self, record: dict[str, Any]) -> bool:
         """Whether a line of an earlier life is one that an unbroken run would have."""
-        if "loss" in record and record["step"] == self._step < self._train.steps:
-            return self._step % self._train.log_every == 0  # Not the last line of an earlier end.
+        if record["step"] == self._step < self._train.steps:  # Perhaps of an earlier end.
+            every = self._train.log_every if "loss" in record else self._train.evaluate_every
+            return bool(every) and self._step % every == 0
         return record["step"] <= self._step
 
     def _begin(self) -> tuple[State, int, Window]:
@@ -281,9 +282,10 @@ class _Loop:
         if self._best is None:
             return
         chosen = results[self._train.keep_best]
-        if self._best.beaten_by(float(chosen), chosen.better):
+        protocol = digest(chosen.protocol, chosen.estimator)
+        if self._best.beaten_by(float(chosen), chosen.better, protocol):
             both = {"ema_params": self._state.ema_params, "params": self._state.params}
-            self._best.save(self._step, both, float(chosen))
+            self._best.save(self._step, both, float(chosen), protocol)
 
     def _save(self) -> None:
         self._saved = self._step

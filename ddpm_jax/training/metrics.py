@@ -97,10 +97,9 @@ class Writer:
         self._events.flush()
 
     def scalars_once(self, step: int, scalars: dict[str, float]) -> None:
-        """The same, unless the step has a line with these names."""
-        if self._active and not any(
-            record["step"] == step and scalars.keys() <= record.keys() for record in self.records
-        ):
+        """The same, unless the step has such a line."""
+        line = {"step": step, **scalars}
+        if self._active and not any(line.items() <= record.items() for record in self.records):
             self.scalars(step, scalars)
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:

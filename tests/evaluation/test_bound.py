@@ -121,6 +121,31 @@ def test_a_part_of_the_terms_are_terms_of_the_whole_and_unbiased(by_hand):
 def test_times_that_nobody_drew_are_told_from_zeros():
     got = bound.bits_per_dim(PROCESS, network, IMAGES[:1], seed=5, terms=3, say=quiet)
     assert np.isnan(got.terms[1:T]).sum() == T - 3 and np.isfinite(got.total).all()
+    assert np.isfinite(got.rate).all()
+
+
+def test_the_rate_of_a_part_of_the_terms_is_unbiased():
+    # Every choice of times once, each as likely as the others: their mean is the expectation.
+    edges, values = bound.strata(T, 4), np.random.default_rng(3).normal(size=T + 1)
+    parts = [range(a, b) for a, b in itertools.pairwise(edges)]
+    drawn = []
+    for others in itertools.product(*parts):
+        times = np.array([[1, *others]])
+        drawn.append(bound.Terms(times, values[times], times * 0.1, times * 0.2, np.array([0.7])))
+    assert len(drawn) > 10
+    found = bound._piece(drawn, bound.weights(T, 4), T)
+    terms = np.append(values[1:], 0.7)  # L_0 … L_T.
+    np.testing.assert_allclose(found["rate_sum"][0], terms[::-1].cumsum()[::-1], atol=1e-12)
+    np.testing.assert_allclose(found["total"].mean(), terms.sum(), atol=1e-12)
+    np.testing.assert_allclose(found["terms_sum"][0], terms, atol=1e-12)
+    np.testing.assert_allclose(found["x0_mse_sum"][0], np.arange(T + 1) * 0.1, atol=1e-12)
+
+
+def test_as_many_terms_as_there_are_is_all_of_them_and_one_is_too_few():
+    np.testing.assert_array_equal(measured(terms=50).total, measured().total)
+    for terms in (1, -1):
+        with pytest.raises(ValueError, match="choose 2 or more"):
+            measured(terms=terms)
 
 
 def test_the_errors_are_the_spread_over_draws_and_over_images():

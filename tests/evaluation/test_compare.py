@@ -89,13 +89,21 @@ def test_what_cannot_be_compared_is_said_in_one_line(tmp_path, capsys):
         (tmp_path / "a", tmp_path / "nowhere"): "no results there; run ddpm_jax.main",
         (tmp_path / "a", tmp_path / "broken.json"): "is not a result's manifest",
         (tmp_path / "a",): "at least two",
-        (tmp_path / "a", tmp_path / "a"): "at least two",
+        (tmp_path / "a", f"{tmp_path / 'a'}/"): "at least two",
         (tmp_path / "a", tmp_path / "b", "--metric", "fid"): "it has fd_pixels_1k",
     }
     for arguments, words in cases.items():
         assert run(*arguments) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1
+
+
+def test_another_estimate_of_the_same_is_compared_and_noted(tmp_path, capsys):
+    write(tmp_path / "a", 5.0)
+    path = write(tmp_path / "b", 4.0)
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 7'))
+    assert run(tmp_path / "a", tmp_path / "b") == 0
+    assert "seed: 7, not 0" in capsys.readouterr().out
 
 
 def test_differences_reach_into_groups():

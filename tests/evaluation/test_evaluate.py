@@ -13,7 +13,7 @@ from scipy import linalg
 
 from ddpm_jax import files, generation, keys, likelihood, runs
 from ddpm_jax.data import open_source, to_float
-from ddpm_jax.evaluation import evaluators, manifest
+from ddpm_jax.evaluation import drawing, evaluators, features, manifest
 from ddpm_jax.main import main
 
 COUNT = 40
@@ -116,7 +116,7 @@ def test_sample_quality_is_that_of_the_samples(evaluated):
     nearest = results[f"nearest_pixels_{COUNT}"]
     assert nearest["value"] == pytest.approx(np.median(distances), rel=1e-5)
     assert 0 <= nearest["details"]["memorization"] <= 1
-    assert (evaluated / "evaluation" / "step10_nearest_pixels.png").exists()
+    assert len(list((evaluated / "evaluation").glob("step10_nearest_pixels_40_*.png"))) == 1
 
 
 def test_the_protocol_travels_with_the_number(evaluated):
@@ -197,18 +197,18 @@ def test_the_parameters_themselves_are_told_from_their_average(evaluated, tmp_pa
 @pytest.mark.parametrize("stage", ["_bound_", "samples", "_pixels_"])
 def test_interrupted_it_goes_on(run_directory, evaluated, tmp_path, monkeypatch, capsys, stage):
     workdir = shutil.copytree(run_directory, tmp_path / "run")
-    original = files.replace
+    original = files.replace_with
     hit = []
 
-    def interrupting(path, content):
-        original(path, content)
+    def interrupting(path, write):
+        original(path, write)
         piece = path.suffix == ".npz" and path.parent.suffix == ".parts"
         here = stage in path.parent.name or stage == path.parent.parent.name
         if piece and here and not hit:
             hit.append(path)
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(files, "replace", interrupting)
+    monkeypatch.setattr(files, "replace_with", interrupting)
     assert evaluate(workdir) == 75
     assert "the same command goes on" in capsys.readouterr().err and len(hit) == 1
     assert evaluate(workdir) == 0
@@ -225,9 +225,14 @@ BAD = {
     "no metric": ({"evaluation__metrics": "()"}, "metrics is empty"),
     "too few": (
         {"evaluation__metrics": "fdinf_pixels", "evaluation__count": 20},
-        "fdinf needs at least 30 samples",
+        "fdinf_pixels: 20 samples; it needs at least 1,280",
     ),
-    "no split": ({"evaluation__split": "tst"}, "has the splits train, test"),
+    "no split": ({"evaluation__split": "tst"}, "evaluation.split=tst: digits has the splits"),
+    "few real": (
+        {"evaluation__metrics": "prdc_pixels", "evaluation__reference_count": 5},
+        "prdc_pixels: 5 real images; it needs at least 6",
+    ),
+    "odd checkpoint": ({"evaluation__checkpoint": "²"}, "choose newest, best, or a step"),
     "more than there are": ({"evaluation__max_images": 999}, "only 256 images"),
     "reference count": ({"evaluation__reference_count": 1600}, "only 1541 images"),
     "long chain": (
@@ -238,10 +243,10 @@ BAD = {
     "no weights": ({"evaluation__metrics": "fid"}, "pt_inception-2015-12-05-6726825d.pth"),
     "no best": ({"evaluation__checkpoint": "best"}, "train.keep_best"),
     "no checkpoint": ({"evaluation__checkpoint": "third"}, "choose newest, best, or a step"),
-    "no statistics": ({"evaluation__statistics": "nowhere.npz"}, "nowhere.npz: no such file"),
+    "no statistics": ({"evaluation__statistics": "nowhere.npz"}, "no file nowhere.npz"),
     "another size": (
         {"data__image_size": 16, "evaluation__split": "test"},
-        "has 8x8 images with channels=1, not 16x16",
+        "data.image_size was 8, is 16",
     ),
     "keeps without": ({"train__keep_best": "bits_per_dim_test"}, "needs train.evaluate_every"),
     "keeps unknown": (
@@ -262,6 +267,51 @@ def test_bad_requests_are_one_clear_line(run_directory, tmp_path, capsys, case):
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and error.startswith("error: ")
     assert not (run_directory / "evaluation").exists()
+
+
+def test_damaged_results_are_measured_again(evaluated, tmp_path, caplog):
+    workdir = shutil.copytree(evaluated, tmp_path / "run")
+    (manifest_file,) = (workdir / "evaluation").glob(f"step10_kd_pixels_{COUNT}_*.json")
+    (features,) = (workdir / "evaluation").glob("step10_pixels_*.npz")
+    manifest_file.write_text(manifest_file.read_text()[:100])
+    features.write_bytes(features.read_bytes()[:-50])
+    assert evaluate(workdir) == 0
+    again, whole = found(workdir), found(evaluated)
+    name = f"kd_pixels_{COUNT}"
+    assert again[name]["value"] == whole[name]["value"]
+    assert "measured again" in caplog.text and "cannot be read" in caplog.text
+
+
+def test_a_result_of_another_process_is_another(evaluated, tmp_path):
+    workdir = shutil.copytree(evaluated, tmp_path / "run")
+    config = workdir / "config.json"
+    config.write_text(config.read_text().replace("fixed_small", "fixed_large"))
+    assert evaluate(workdir, evaluation__metrics="bits_per_dim") == 0
+    files_of_it = (workdir / "evaluation").glob("step10_bits_per_dim_test_*.json")
+    values = {json.loads(path.read_text())["value"] for path in files_of_it}
+    assert len(values) == 2
+
+
+def test_samples_are_drawn_once_for_all_networks(run_directory, tmp_path, monkeypatch):
+    run = runs.load(run_directory)
+    run.config.evaluation.update(count=6, cache_dir=str(tmp_path), metrics=("fd_pixels",))
+    calls = []
+    original = generation.draw
+    monkeypatch.setattr(generation, "draw", lambda *a, **k: calls.append(1) or original(*a, **k))
+    drawer = drawing.Drawer(print)
+    for name in ("one", "two"):
+        own = features.from_function(name, lambda x: x.reshape(len(x), -1)[:, :3] / 1.0)
+        evaluator = evaluators.QualityEvaluator(run, own, ["fd"], print, drawer)
+        results = dict(evaluator(run.step, run.params))
+        assert results[f"fd_{name}_6"] > 0 and results[f"fd_{name}_6"].standard_error > 0
+    assert calls == [1]
+
+
+def test_a_place_that_cannot_be_written_is_one_line(run_directory, capsys):
+    metrics = {"evaluation__metrics": "fd_pixels", "evaluation__count": 4}
+    assert evaluate(run_directory, **metrics, evaluation__cache_dir="/proc/nowhere") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: /proc/nowhere") and error.count("\n") == 1
 
 
 def test_a_selftest_without_weights_names_them(tmp_path, capsys):

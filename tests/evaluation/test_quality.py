@@ -5,6 +5,7 @@ import pytest
 
 from ddpm_jax.evaluation import quality
 from ddpm_jax.evaluation.features import from_function, make_extractor
+from ddpm_jax.evaluation.names import KINDS
 
 RNG = np.random.default_rng(8)
 REAL = RNG.integers(0, 256, (40, 3, 2, 1), dtype=np.uint8)
@@ -24,19 +25,34 @@ def test_images_are_compared_in_features_of_ones_own():
     assert found["nearest_halves_37"].value == pytest.approx(np.median(distances), rel=1e-6)
 
 
-def test_each_metric_has_its_values_and_least_number():
-    from ddpm_jax.evaluation.names import KINDS
-
-    pixels = make_extractor("pixels")
+def test_each_metric_has_its_values_and_least_numbers():
+    one = from_function("mean", lambda x: x.reshape(len(x), -1).mean(axis=1, keepdims=True))
+    many = RNG.integers(0, 256, (60, 3, 2, 1), dtype=np.uint8)
     assert quality.METRICS.keys() == KINDS.keys()
-    for metric, (least, _) in quality.METRICS.items():
+    for metric, (least, least_real, _) in quality.METRICS.items():
         if metric == "is":
             continue
-        found = quality.compare_images(SAMPLES[:least], REAL, pixels, (metric,))
+        found = quality.compare_images(many[:least], REAL[:least_real], one, (metric,))
         assert [name.split("_")[0] for name in found] == list(KINDS[metric].values)
-        if metric in ("fdinf", "prdc"):
-            with pytest.raises(ValueError):
-                quality.compare_images(SAMPLES[: least - 1], REAL, pixels, (metric,))
+        for samples, real in ((many[: least - 1], REAL), (many, REAL[: least_real - 1])):
+            if len(samples) and len(real):
+                with pytest.raises(ValueError, match=f"{metric}_mean: .* it needs at least"):
+                    quality.compare_images(samples, real, one, (metric,))
+
+
+def test_what_cannot_be_compared_is_said_in_one_line():
+    pixels = make_extractor("pixels")
+    wide = np.zeros((3, 64, 64, 3), np.uint8)
+    for samples, real, metric, words in [
+        (SAMPLES, REAL, "fid", "fid: no such metric; choose from fd, kd"),
+        (SAMPLES, REAL, "is", "no logits"),
+        (SAMPLES, REAL[:, :2], "fd", "resize one"),
+        (SAMPLES[:0], REAL, "fd", "samples must be uint8"),
+        (wide, wide, "fd", "covariance of 12,288 features is too large"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            quality.compare_images(samples, real, pixels, (metric,))
+    assert quality.compare_images(wide, wide, pixels, ("nearest",))["nearest_pixels_3"].value == 0
 
 
 def test_floats_are_refused():
