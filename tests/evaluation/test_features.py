@@ -213,13 +213,13 @@ def test_functions_that_classify(host):
     "name",
     [
         *["inception", "pixels", "effnetlite0_64", "effnetlite0_999", "effnetlite0_064"],
-        *["effnetlite0_٦٤", "", "a-b", "mine\n", "größe", "a b"],
+        *["effnetlite0_6٤", "", "a-b", "mine\n", "größe", "a b"],
     ],
 )
 def test_names_that_are_taken_or_no_names(name):
     with pytest.raises(ValueError, match="choose letters"):
         features.from_function(name, double_mean)
-    assert not features.known("effnetlite0_٦٤")
+    assert not features.known("effnetlite0_6٤")
 
 
 def test_params_of_a_function_on_the_host():

@@ -6,6 +6,7 @@ import io
 import logging
 import pickle
 import re
+import struct
 
 import flax
 import make_inception_golden as golden
@@ -249,6 +250,14 @@ def test_converted_files_that_are_wrong(tmp_path, tiny, metadata, change):
     path.write_bytes(safetensors.save(state, None if metadata is None else wrong))
     with pytest.raises(RequestError, match="no weights of the Inception network in"):
         weights.load_inception("", str(tmp_path), accepted)
+
+
+def test_a_converted_file_that_says_nothing_of_itself(tmp_path):
+    header = b'{"__metadata__":null}'
+    path = tmp_path / "inception-2015-12-05-0.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(RequestError, match="no weights of the Inception network in"):
+        weights.load_inception("", str(tmp_path))
 
 
 def test_a_file_that_cannot_be_read(tmp_path):
