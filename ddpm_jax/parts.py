@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import re
+import time
 import zipfile
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +19,9 @@ from ddpm_jax import files
 from ddpm_jax.config import RequestError
 from ddpm_jax.interruption import Interrupted, Watch
 from ddpm_jax.parallel import wait_for_all
-from ddpm_jax.progress import Progress
+from ddpm_jax.progress import Progress, duration
+
+LONG_SECONDS = 90  # What takes longer is announced.
 
 Arrays = dict[str, np.ndarray]
 
@@ -58,7 +61,7 @@ def collect(
         wait_for_all(f"parts of {directory}")  # Nobody writes before all have listed.
         if first_host:
             files.replace(directory / "protocol.json", json.dumps(protocol))
-    done = sum(length for length, _ in pieces.values())
+    done, computed = sum(length for length, _ in pieces.values()), 0
     progress = Progress(done, count, first_host, say, unit)
     with contextlib.nullcontext() if stop else Watch() as watch:
         asked = stop or watch.asked
@@ -67,12 +70,17 @@ def collect(
                 progress.close()
                 where = f" are in {directory}; the same command goes on" if directory else " done"
                 raise Interrupted(f"{done} of {count} {unit}s{where}")
+            began = time.monotonic()
             arrays = compute(start, length)
             if directory is not None and first_host:
                 path = directory / f"{start:08d}_{length}.npz"
                 files.replace_with(path, lambda file, arrays=arrays: np.savez(file, **arrays))
             pieces[start] = (length, arrays)
-            done += length
+            done, computed = done + length, computed + 1
+            if computed == 2:  # The first one was compiled as well.
+                left = (time.monotonic() - began) * (count - done) / length
+                if left > LONG_SECONDS:
+                    say(f"{count - done:,} {unit}s more: about {duration(left)}")
             progress.update(done)
     progress.close()
     ordered = [pieces.pop(start)[1] for start in sorted(pieces)]

@@ -62,3 +62,11 @@ class Progress:
     def close(self) -> None:
         """Takes the bar away."""
         self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """E.g. "3 h 10 min", "4 min" or "12 s"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(datetime.timedelta(seconds=seconds) / datetime.timedelta(minutes=1))
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import shutil
 import signal
@@ -139,6 +140,14 @@ def test_progress_counts_the_work_that_is_left(tmp_path, monkeypatch):
     parts.collect(4, 4, one, "image", print, **kept)
     parts.collect(10, 4, one, "image", print, **kept)
     assert shown == [(0, 4), 4, (4, 10), 8, 10]
+
+
+def test_long_work_is_announced_after_two_pieces(monkeypatch):
+    clock = itertools.count(0, 30)  # Each piece takes 30 seconds by it.
+    monkeypatch.setattr(parts.time, "monotonic", lambda: next(clock))
+    said = []
+    parts.collect(100, 10, lambda start, length: {"x": np.zeros(length)}, "image", said.append)
+    assert [line for line in said if "more: about" in line] == ["80 images more: about 4 min"]
 
 
 def test_a_damaged_file_of_samples_is_named(run_directory, tmp_path):

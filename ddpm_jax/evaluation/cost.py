@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import statistics
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax.parallel import Layout
+from ddpm_jax.progress import duration
 
 LONG_FLOPS = 1e13  # Minutes on a CPU core: below it, measuring would only delay.
 
@@ -52,11 +52,3 @@ def announce(
         f"{what}: about {duration(each * evaluations)} on {devices} ({each:.3g} s for the network "
         f"on {shape[0]} images, {evaluations:,} times)"
     )
-
-
-def duration(seconds: float) -> str:
-    """E.g. "3 h 10 min", "4 min" or "12 s"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(datetime.timedelta(seconds=seconds) / datetime.timedelta(minutes=1))
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
