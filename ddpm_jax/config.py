@@ -101,7 +101,7 @@ FIELDS: dict[str, Field] = {
     "evaluation.metrics": Field(
         (names.BOUND, "fid", "is"), "bits_per_dim, fid, is, kid, fd_pixels, kd_effnetlite0_64, …"
     ),
-    "evaluation.split": Field(("test",), "the splits whose bits/dim are measured"),
+    "evaluation.split": Field(("test",), "splits of bits/dim; the first is held out for `nearest`"),
     "evaluation.max_images": Field(0, "images of a split, evenly spread; 0: all of them", low=0),
     "evaluation.steps": Field(0, "length of the chain whose bound is measured; 0: all T", low=0),
     "evaluation.terms": Field(

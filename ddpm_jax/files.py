@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from etils import epath
+
+A_DAY = 86400  # Seconds.
 
 
 def replace(path: epath.Path, content: bytes | str) -> None:
@@ -22,6 +25,9 @@ def replace_with(path: epath.Path, write: Callable[[BinaryIO], Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+    for left in path.parent.glob(f"{path.name}.*.tmp"):  # By a process that was killed.
+        if time.time() - left.stat().mtime > A_DAY:
+            left.unlink(missing_ok=True)
     try:
         with temporary.open("wb") as file:
             write(file)

@@ -23,6 +23,7 @@ from ddpm_jax.runs import Run, fingerprint, image_shape
 from ddpm_jax.training.metrics import NonFiniteError
 
 GRID_IMAGES = 64  # In each picture.
+VERSION = 1  # Raised when the same config and parameters would give other images.
 
 
 class Drawn(NamedTuple):
@@ -138,6 +139,7 @@ def sampling_protocol(run: Run) -> dict[str, Any]:
         "seed": config.seed,
         "count": how.count,
         "rounding": "nearest of 256 levels",
+        "version": VERSION,
     }
 
 

@@ -8,6 +8,7 @@ import logging
 import re
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,18 @@ from ddpm_jax.parallel import wait_for_all
 from ddpm_jax.progress import Progress, duration
 
 LONG_SECONDS = 90  # What takes longer is announced.
+
+# What reading a damaged .npz raises, as it happens.
+DAMAGED = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    TypeError,
+    NotImplementedError,
+    zlib.error,
+    zipfile.BadZipFile,
+)
 
 Arrays = dict[str, np.ndarray]
 
@@ -107,20 +120,23 @@ def read(path: epath.Path, names: Sequence[str] = ()) -> Arrays | None:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
             return {name: saved[name] for name in names or saved.files}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except DAMAGED as error:
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         logging.getLogger(__name__).warning("%s cannot be read: %s", path, reason)
         return None
 
 
 def _kept(directory: epath.Path) -> dict[int, tuple[int, Arrays]]:
-    """The whole pieces there: {start: (length, arrays)}."""
-    kept = {}
+    """The whole pieces there, none over another: {start: (length, arrays)}."""
+    kept, end = {}, 0
     for path in sorted(directory.glob("*.npz")):
         name = re.fullmatch(r"(\d{8})_(\d+)", path.stem)
-        arrays = read(path) if name else None
+        if name is None or int(name[1]) < end:
+            continue
+        arrays = read(path)
         if arrays is not None:
             kept[int(name[1])] = int(name[2]), arrays
+            end = int(name[1]) + int(name[2])
     return kept
 
 

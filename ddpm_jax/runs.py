@@ -5,7 +5,7 @@ checkpoints/    one directory a checkpoint, named after the updates done
 metrics.jsonl   a JSON object a line
 events.…        the same for TensorBoard
 best/RESULT/    the checkpoint with the best of a result that train.keep_best names
-samples/        picture grids, and the outcome of --mode=sample
+samples/        picture grids, and the samples of --mode=sample and --mode=evaluate
 evaluation/     results with their protocols, one JSON file each, and the arrays behind them
 figures/        plots
 """

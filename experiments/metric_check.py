@@ -35,15 +35,19 @@ from ddpm_jax.parallel import make_layout
 from ddpm_jax.parts import collect
 
 TWO_CLASSES = (3, 5)  # Cats and dogs of CIFAR-10.
+FEW_CLASSES = "classes 3 and 5 only"
 LEAST = 20
 SHOWN = 12  # Images of each set in the picture.
 
 
-def spoiled(images: np.ndarray, labels: np.ndarray | None) -> dict[str, np.ndarray]:
-    """uint8 images [n, h, w, c] by what was done to them; two classes only where there are labels.
+def spoiled(images: np.ndarray, few_classes: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """uint8 images [n, h, w, c] by what was done to them.
 
     Noise is Gaussian with the standard deviation named, on 0–255; blur is Gaussian with that of its
-    kernel, in pixels. A set with a fault has n images as well.
+    kernel, in pixels.
+
+    Args:
+      few_classes: other images, of which there are as many, from few of the classes.
     """
     rng = np.random.default_rng(0)
     n = len(images)
@@ -53,12 +57,17 @@ def spoiled(images: np.ndarray, labels: np.ndarray | None) -> dict[str, np.ndarr
         sets[f"noise {deviation}"] = np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
     for deviation in (0.5, 0.75, 1.0):
         sets[f"blur {deviation:g}"] = blur(images, deviation)
-    if labels is not None:
-        few = np.flatnonzero(np.isin(labels, TWO_CLASSES))
-        if len(few):
-            sets["two classes of ten"] = images[few[np.arange(n) % len(few)]]
+    if few_classes is not None:
+        sets[FEW_CLASSES] = few_classes
     sets["90 % copies"] = images[np.arange(n) % max(1, n // 10)]
     return sets
+
+
+def of_two_classes(source: Source, count: int) -> np.ndarray | None:
+    """Images of TWO_CLASSES, repeated where there are fewer than `count`; None without labels."""
+    labels = source.labels(np.arange(len(source)))
+    positions = np.flatnonzero(np.isin(labels, TWO_CLASSES)) if labels is not None else []
+    return source.images(positions[np.arange(count) % len(positions)]) if len(positions) else None
 
 
 def blur(images: np.ndarray, deviation: float) -> np.ndarray:
@@ -107,7 +116,7 @@ def table(
         batch,
         say,
     )
-    sets = spoiled(held_out.images(positions), held_out.labels(positions))
+    sets = spoiled(held_out.images(positions), of_two_classes(held_out, count))
     lines = [
         f"| {count:,} of {held_out.name}/{held_out.split}, {features} | KD × 1000 | FD |",
         "|---|---|---|",

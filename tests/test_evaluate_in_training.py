@@ -71,7 +71,7 @@ def test_results_of_training_are_not_measured_again(trained, capsys):
     assert capsys.readouterr().out.count("measured before") == 6
 
 
-def test_the_best_checkpoint_is_kept_and_says_so(trained):
+def test_the_best_checkpoint_is_kept_and_says_so(trained, capsys):
     written = lines(trained)
     best = min(written, key=lambda step: written[step]["bits_per_dim_test"])
     run = runs.load(trained, best=True)
@@ -82,7 +82,34 @@ def test_the_best_checkpoint_is_kept_and_says_so(trained):
     assert [p.name for p in kept.iterdir() if p.name.isdigit()] == [str(best)]
     found = evaluate(trained, "--config.evaluation.checkpoint=best")
     result = found["bits_per_dim_test", best, "best by bits_per_dim_test"]
-    assert result["value"] == pytest.approx(written[best]["bits_per_dim_test"], rel=1e-6)
+    assert result["value"] == written[best]["bits_per_dim_test"]
+    out = capsys.readouterr().out
+    assert out.count("measured before") == 6 and found["bits_per_dim_test", best, "given"]
+    # Other metrics and counts of it can be asked for.
+    other = ["--config.evaluation.metrics=kd_pixels", "--config.evaluation.count=5"]
+    found = evaluate(trained, "--config.evaluation.checkpoint=best", *other)
+    assert found["kd_pixels_5", best, "best by bits_per_dim_test"]["standard_error"] > 0
+
+
+def test_training_keeps_the_bound_s_arrays(trained):
+    assert len(list((trained / "evaluation").glob("step10_bound_test_*.npz"))) == 1
+    assert not list((trained / "evaluation").glob("*.parts"))
+
+
+@pytest.mark.parametrize(
+    ("best", "every", "words"),
+    [
+        ("bits_per_dim_test", 0, "needs train.evaluate_every"),
+        ("fid", 10, "choose a result of evaluation.metrics: bits_per_dim_test"),
+        ("prior_test", 10, "choose a result"),
+    ],
+)
+def test_a_result_that_is_not_measured_cannot_choose(tmp_path, capsys, best, every, words):
+    settings = EVALUATION | {"train__keep_best": best, "train__evaluate_every": every}
+    assert train(tmp_path / "run", **settings) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_evaluation_changes_nothing_of_the_training(trained, tmp_path):

@@ -61,6 +61,7 @@ def test_samples_are_saved_with_their_protocol(run_directory):
         "seed": 0,
         "count": 10,
         "rounding": "nearest of 256 levels",
+        "version": 1,
     }
     assert path.name == "step10_ddim5_eta0.5_seed0_10.npz"
     picture = np.asarray(Image.open(path.with_name(f"{path.stem}_grid_00000.png")))
@@ -124,6 +125,17 @@ def test_a_damaged_piece_is_computed_again(tmp_path, caplog):
     damaged.write_bytes(damaged.read_bytes()[:-30])
     assert collect(9) == list(range(9))
     assert calls == [0, 3, 3, 6] and "00000003_3.npz cannot be read" in caplog.text
+
+
+def test_a_piece_over_another_is_left_out(tmp_path):
+    kept = {"directory": epath.Path(tmp_path), "protocol": {"a": 1}}
+    numbers = lambda start, length: {"x": np.arange(start, start + length)}  # noqa: E731
+    for batch in (4, 2):
+        parts.collect(8, batch, numbers, "image", print, **kept)
+        for path in tmp_path.glob("00000004_4.npz"):
+            path.rename(tmp_path / "aside")
+    (tmp_path / "aside").rename(tmp_path / "00000004_4.npz")
+    assert parts.collect(8, 2, numbers, "image", print, **kept)["x"].tolist() == list(range(8))
 
 
 def test_progress_counts_the_work_that_is_left(tmp_path, monkeypatch):

@@ -126,8 +126,9 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, capsys, damage)
         victim.unlink()
     elif damage == "truncate":
         victim.write_bytes(content[: len(content) // 2])
-    else:
-        content[len(content) // 2] ^= 1
+    else:  # Of some bytes, those of older versions of a node, nobody takes notice.
+        for place in range(len(content) // 4, len(content), len(content) // 50):
+            content[place] ^= 1
         victim.write_bytes(content)
     capsys.readouterr()
     assert train(tmp_path) == 0

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 
 from ddpm_jax import figures, files, generation, parts, sampling
 from ddpm_jax.config import RequestError
@@ -43,9 +44,16 @@ class Asked:
 
 
 class Evaluator(Protocol):
-    """`asked`: the results by name. Called with (step, parameters), it yields (name, number)."""
+    """Called with (step, parameters), it yields (name, number).
+
+    asked: the results by name. bulky: whether what it keeps is as large as images are.
+    """
 
     asked: dict[str, Asked]
+    bulky: bool
+
+    def files(self, run: Run, directory: RunDirectory) -> dict[str, epath.Path]:
+        """The file that belongs to a result, by the result's name, where one does."""
 
     def __call__(
         self,
@@ -101,9 +109,13 @@ def _open(config: ml_collections.ConfigDict, split: str, key: str) -> Source:
 
 
 def result_key(run: Run, asked: Asked) -> str:
-    """Eight digits in the files of a result: of all that the number depends on."""
+    """Eight digits in the files of a result: of all that the number depends on.
+
+    What chose the checkpoint is not among it.
+    """
+    protocol = {key: value for key, value in asked.protocol.items() if key != "checkpoint"}
     process = run.config.diffusion.to_dict()
-    return digest(VERSION, asked.protocol, asked.estimator, process, fingerprint(run.params))
+    return digest(VERSION, protocol, asked.estimator, process, fingerprint(run.params))
 
 
 def _model_protocol(run: Run) -> dict[str, Any]:
@@ -121,6 +133,8 @@ def _chain(steps: int, num_steps: int) -> int | str:
 
 class BoundEvaluator:
     """The bound over a split: see `bound`."""
+
+    bulky = False
 
     def __init__(self, run: Run, split: str, say: Say):
         self._run, self._say, self._split = run, say, split
@@ -162,46 +176,59 @@ class BoundEvaluator:
     ) -> Iterator[tuple[str, Measured]]:
         run = dataclasses.replace(self._run, step=step, params=params)
         wanted = self.asked if wanted is None else wanted
-        e = run.config.evaluation
-        num_steps, n = self._process.schedule.num_steps, len(self._positions)
-        if not self._announced:
-            self._announced = True
-            batches = -(-n // self._batch) * e.draws
-            cost.announce(
-                f"bits/dim of {self._split}: {n:,} images × {self._terms or num_steps:,} terms",
-                run.layout,
-                run.apply,
-                run.params,
-                (self._batch, *image_shape(run.config)),
-                batches * (self._terms or num_steps),
-                self._say,
-            )
         keep: dict[str, Any] = {"stop": stop}
         if directory is not None:
-            asked = self.asked[f"{names.BOUND}_{self._split}"]
-            key = result_key(run, asked)
-            stem = f"step{run.step}_bound_{self._split}_{key}"
-            pieces = directory.evaluation / f"{stem}.parts"
-            keep |= {"directory": pieces, "protocol": {"key": key}}
+            (arrays,) = self.files(run, directory).values()
+            there = parts.read(arrays) if arrays.exists() else None
+            if first_hosts(np.array(there is not None)):
+                yield from self._results(bound.Bound(**there), wanted, arrays)
+                return
+            keep |= {"directory": arrays.with_suffix(".parts"), "protocol": {"key": arrays.stem}}
+        self._announce(run)
         measured = bound.measure(
             self._compute,
             run.params,
             self._source.images,
             self._positions,
             self._batch,
-            num_steps,
+            self._process.schedule.num_steps,
             self._terms,
-            e.draws,
+            run.config.evaluation.draws,
             self._say,
             **keep,
         )
+        if directory is not None and jax.process_index() == 0:
+            files.replace_with(arrays, measured.save)
+            keep["directory"].rmtree()
+        yield from self._results(measured, wanted, arrays if directory is not None else None)
+
+    def files(self, run: Run, directory: RunDirectory) -> dict[str, epath.Path]:
+        """The bound's arrays, of all its results."""
+        name = f"{names.BOUND}_{self._split}"
+        stem = f"step{run.step}_bound_{self._split}_{result_key(run, self.asked[name])}"
+        return {name: directory.evaluation / f"{stem}.npz"}
+
+    def _announce(self, run: Run) -> None:
+        if self._announced:
+            return
+        self._announced = True
+        n, terms = len(self._positions), self._terms or self._process.schedule.num_steps
+        cost.announce(
+            f"bits/dim of {self._split}: {n:,} images × {terms:,} terms",
+            run.layout,
+            run.apply,
+            run.params,
+            (self._batch, *image_shape(run.config)),
+            -(-n // self._batch) * run.config.evaluation.draws * terms,
+            self._say,
+        )
+
+    def _results(
+        self, measured: bound.Bound, wanted: Iterable[str], arrays: epath.Path | None
+    ) -> Iterator[tuple[str, Measured]]:
         details: dict[str, Any] = {"noise_standard_error": measured.noise_error()}
-        if directory is not None:
-            arrays = directory.evaluation / f"{stem}.npz"
+        if arrays is not None:
             details["arrays"] = arrays.name
-            if jax.process_index() == 0:
-                files.replace_with(arrays, measured.save)
-                pieces.rmtree()
         for value, (number, error) in measured.summary().items():
             name = f"{value}_{self._split}"
             if name in wanted:
@@ -211,6 +238,8 @@ class BoundEvaluator:
 
 class QualityEvaluator:
     """Metrics of samples against real images in the features of one network."""
+
+    bulky = True
 
     def __init__(
         self,
@@ -302,16 +331,22 @@ class QualityEvaluator:
             values = names.KINDS[metric].values
             if not any(names.quality_name(v, name, count) in wanted for v in values):
                 continue
+            if metric == "nearest" and directory is not None and jax.process_index() == 0:
+                (picture,) = self.files(run, directory).values()
+                self._show(picture, images, sets)
+                self._say(f"samples over their nearest of {self._source.split}: {picture}")
             for value, estimate in METRICS[metric][2](sets).items():
                 result = names.quality_name(value, name, count)
                 more = details | estimate.details
                 yield result, _measured(*estimate[:2], self.asked[result], more)
-            if metric == "nearest" and directory is not None and jax.process_index() == 0:
-                result = names.quality_name("nearest", name, count)
-                key = result_key(run, self.asked[result])
-                picture = directory.evaluation / f"step{run.step}_{result}_{key}.png"
-                self._show(picture, images, sets)
-                self._say(f"samples over their nearest of {self._source.split}: {picture}")
+
+    def files(self, run: Run, directory: RunDirectory) -> dict[str, epath.Path]:
+        """The picture of nearest neighbours."""
+        name = names.quality_name("nearest", self._extractor.name, run.config.evaluation.count)
+        if name not in self.asked:
+            return {}
+        key = result_key(run, self.asked[name])
+        return {name: directory.evaluation / f"step{run.step}_{name}_{key}.png"}
 
     def _reference(self, source: Source, stop: Callable[[], bool] | None) -> reference.Reference:
         """Computed once for all calls."""

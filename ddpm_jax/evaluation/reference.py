@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 import logging
-import zipfile
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +22,7 @@ from ddpm_jax.evaluation.features import Extractor
 from ddpm_jax.evaluation.frechet import Statistics, statistics_of
 from ddpm_jax.evaluation.manifest import differences
 from ddpm_jax.parallel import Layout, first_hosts, from_host, to_host
-from ddpm_jax.parts import collect
+from ddpm_jax.parts import DAMAGED, collect
 
 PROBES = 1024  # Images whose bytes tell versions of a set apart that does not fit into memory.
 CHUNK = 1024  # Images read at a time.
@@ -184,7 +183,7 @@ def _from_first_host(
             features, state = _load(path, protocol, shape), _THERE
         except FileNotFoundError:
             error = f"no file {path}"
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as reason:
+        except DAMAGED as reason:
             error = str(reason).splitlines()[0] if str(reason) else repr(reason)
             if not file:
                 logging.getLogger(__name__).warning("%s is made again: %s", path, error)

@@ -57,31 +57,40 @@ def evaluate_and_keep(
 
     Args:
       stop: whether to stop, asked between pieces and results.
-      keep_arrays: whether samples, arrays and unfinished pieces are kept on the disk as well.
+      keep_arrays: whether samples, their features and pictures are kept on the disk as well.
     """
-    paths = {
-        name: directory.evaluation / f"step{run.step}_{name}_{result_key(run, asked)}.json"
-        for name, asked in evaluator.asked.items()
+    best = "_best" if run.rule.startswith("best") else ""
+    stems = {n: f"step{run.step}_{n}_{result_key(run, a)}" for n, a in evaluator.asked.items()}
+    paths = {name: directory.evaluation / f"{stem}{best}.json" for name, stem in stems.items()}
+    keeps = keep_arrays or not evaluator.bulky
+    beside = evaluator.files(run, directory) if keeps else {}
+    there = {
+        name: _read(directory.evaluation, stem, evaluator.asked[name].protocol)
+        for name, stem in stems.items()
+        if name not in beside or beside[name].exists()
     }
-    there = {name: _read(path) for name, path in paths.items()}
+    there = {name: there.get(name) for name in stems}
     exists = first_hosts(np.array([measured is not None for measured in there.values()]))
     there = {n: m for (n, m), kept in zip(there.items(), exists, strict=True) if kept}
     wanted = [name for name in paths if name not in there]
-    for name, measured in there.items():
-        say(f"{name}: {measured.text()} ({paths[name].name}, measured before)")
-    if not wanted:
-        return there
     subject = {
         "run": directory.path.name,
         "checkpoint": run.step,
         "parameters_crc32": fingerprint(run.params),
         "config": run.config.to_dict(),
     }
+    for name, measured in there.items():
+        if jax.process_index() == 0 and not paths[name].exists():  # Of another rule.
+            kept = Manifest(name, measured, subject, manifest.provenance(0))
+            manifest.save(paths[name], kept)
+        say(f"{name}: {measured.text()} ({paths[name].name}, measured before)")
+    if not wanted:
+        return there
     start = time.monotonic()
     found: dict[str, Measured] = {}
     if stop():
         raise Interrupted(f"stopped before {wanted[0]}; the same command goes on")
-    where = directory if keep_arrays else None
+    where = directory if keeps else None
     for name, measured in evaluator(run.step, run.params, wanted, where, stop):
         found[name] = measured
         if jax.process_index() == 0:
@@ -93,10 +102,16 @@ def evaluate_and_keep(
     return there | found
 
 
-def _read(path: epath.Path) -> Measured | None:
-    """The result kept there; None where there is none, or a damaged one."""
-    try:
-        return manifest.load(path).measured if path.exists() else None
-    except ValueError as error:
-        logging.getLogger(__name__).warning("%s; it is measured again", error)
-        return None
+def _read(directory: epath.Path, stem: str, protocol: dict[str, Any]) -> Measured | None:
+    """The number kept there, under any rule that chose the checkpoint; None where none is whole."""
+    for suffix in ("", "_best"):
+        path = directory / f"{stem}{suffix}.json"
+        try:
+            if path.exists():
+                m = manifest.load(path).measured
+                return Measured(
+                    m, m.standard_error, m.unit, m.better, protocol, m.estimator, m.details
+                )
+        except ValueError as error:
+            logging.getLogger(__name__).warning("%s; it is measured again", error)
+    return None

@@ -147,10 +147,8 @@ class Best:
 
     def __init__(self, directory: epath.PathLike, result: str):
         """Opens `<directory>/<result>`, which need not exist; `result` is the result's name."""
-        self._checkpoints, self._result = (
-            Checkpoints(epath.Path(directory) / result, keep=1),
-            result,
-        )
+        self._checkpoints = Checkpoints(epath.Path(directory) / result, keep=1)
+        self._result = result
         self._notes: dict[str, Any] = {}
         for step in self._checkpoints.steps()[:1]:
             self._notes = self._checkpoints.notes(step)

@@ -16,6 +16,7 @@ from etils import epath
 from ddpm_jax import config as config_lib
 from ddpm_jax import figures, files
 from ddpm_jax.data import Batches, Source, nbytes, open_source
+from ddpm_jax.evaluation import names
 from ddpm_jax.evaluation.evaluators import Evaluator, make_evaluators
 from ddpm_jax.evaluation.manifest import Measured, digest
 from ddpm_jax.evaluation.results import evaluate_and_keep
@@ -60,6 +61,10 @@ def make_job(config: ml_collections.ConfigDict) -> Job:
         layout = make_layout(config.parallel.mode)
     except ValueError as error:
         raise config_lib.RequestError(str(error)) from None
+    try:
+        names.check_keep_best(config)
+    except ValueError as error:
+        raise config_lib.RequestError(f"config.{error}") from None
     parts = layout.num_devices * config.parallel.microbatches
     if config.train.batch_size % parts:
         raise config_lib.RequestError(

@@ -98,7 +98,7 @@ class Writer:
 
     def scalars_once(self, step: int, scalars: dict[str, float]) -> None:
         """The same, unless the step has such a line."""
-        line = {"step": step, **scalars}
+        line = {"step": step, **{k: v for k, v in scalars.items() if math.isfinite(v)}}
         if self._active and not any(line.items() <= record.items() for record in self.records):
             self.scalars(step, scalars)
 

@@ -248,11 +248,6 @@ BAD = {
         {"data__image_size": 16, "evaluation__split": "test"},
         "data.image_size was 8, is 16",
     ),
-    "keeps without": ({"train__keep_best": "bits_per_dim_test"}, "needs train.evaluate_every"),
-    "keeps unknown": (
-        {"train__keep_best": "fid", "train__evaluate_every": 5},
-        "choose a result of evaluation.metrics: bits_per_dim_test",
-    ),
     "flag": ({}, "--selftest belongs to --mode=evaluate"),
 }
 
@@ -267,6 +262,32 @@ def test_bad_requests_are_one_clear_line(run_directory, tmp_path, capsys, case):
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and error.startswith("error: ")
     assert not (run_directory / "evaluation").exists()
+
+
+def test_arrays_and_picture_are_made_where_only_the_numbers_are(evaluated, tmp_path, capsys):
+    workdir = shutil.copytree(evaluated, tmp_path / "run")
+    (arrays,) = (workdir / "evaluation").glob("*_bound_test_*.npz")
+    (picture,) = (workdir / "evaluation").glob("*_nearest_pixels_*.png")
+    whole = np.load(arrays)["terms"]
+    arrays.unlink(), picture.unlink()
+    assert evaluate(workdir) == 0
+    np.testing.assert_array_equal(np.load(arrays)["terms"], whole)
+    assert picture.exists() and found(workdir).keys() == found(evaluated).keys()
+
+
+def test_a_bound_that_is_there_gives_the_rest_of_its_results(evaluated, tmp_path, monkeypatch):
+    workdir = shutil.copytree(evaluated, tmp_path / "run")
+    for path in (workdir / "evaluation").glob("step10_r*_test_*.json"):
+        path.unlink()
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(evaluators.bound, "measure", refuse)
+    assert evaluate(workdir, evaluation__metrics="bits_per_dim") == 0
+    again, whole = found(workdir), found(evaluated)
+    for name in ("rate_test", "rmse_test"):
+        assert again[name]["value"] == whole[name]["value"]
 
 
 def test_damaged_results_are_measured_again(evaluated, tmp_path, caplog):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from ddpm_jax.data import ArraySource
 from experiments import metric_check
 
 RNG = np.random.default_rng(2)
@@ -22,16 +23,18 @@ def test_blur_is_gaussian(deviation):
 
 
 def test_every_set_has_its_fault_and_as_many_images():
-    sets = metric_check.spoiled(IMAGES, LABELS)
+    source = ArraySource("toys", "test", IMAGES, LABELS)
+    sets = metric_check.spoiled(IMAGES, metric_check.of_two_classes(source, len(IMAGES)))
     assert all(images.shape == IMAGES.shape for images in sets.values())
     assert (sets["real"] == IMAGES).all()
     middle = (IMAGES > 70) & (IMAGES < 185)
     noise = (sets["noise 20"].astype(float) - IMAGES)[middle]
     assert noise.std() == pytest.approx(20, rel=0.05) and abs(noise.mean()) < 2
-    kept = {tuple(image.ravel()) for image in sets["two classes of ten"]}
+    kept = {tuple(image.ravel()) for image in sets[metric_check.FEW_CLASSES]}
     assert kept == {tuple(image.ravel()) for image in IMAGES[(LABELS == 3) | (LABELS == 5)]}
     assert len({tuple(image.ravel()) for image in sets["90 % copies"]}) == 3
-    assert "two classes of ten" not in metric_check.spoiled(IMAGES, None)
+    assert metric_check.of_two_classes(ArraySource("toys", "test", IMAGES), 3) is None
+    assert metric_check.FEW_CLASSES not in metric_check.spoiled(IMAGES)
 
 
 def test_the_table_puts_the_real_digits_first(tmp_path, capsys):
@@ -43,7 +46,7 @@ def test_the_table_puts_the_real_digits_first(tmp_path, capsys):
     values = {row[0].strip("| "): float(row[1].split(" ± ")[0]) for row in rows}
     assert len(values) == 9
     assert values["real"] < values["noise 20"] < values["blur 0.5"] < values["blur 1"]
-    assert values["real"] < min(values["two classes of ten"], values["90 % copies"])
+    assert values["real"] < min(values[metric_check.FEW_CLASSES], values["90 % copies"])
     assert out.with_suffix(".png").exists()
     for count in (257, 2, 0, -1):
         assert metric_check.main([*flags, f"--count={count}"]) == 2
