@@ -9,67 +9,28 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 from etils import epath
 
 from ddpm_jax import figures, files, generation, parts, sampling
 from ddpm_jax.config import RequestError
-from ddpm_jax.data import Source, open_source
-from ddpm_jax.evaluation import bound, cost, names, reference
+from ddpm_jax.data import Source
+from ddpm_jax.evaluation import bound, cost, names, reference, requests
 from ddpm_jax.evaluation.drawing import Drawer
 from ddpm_jax.evaluation.features import Extractor, make_extractor
 from ddpm_jax.evaluation.manifest import Measured, digest
 from ddpm_jax.evaluation.neighbors import neighbors_of
 from ddpm_jax.evaluation.quality import METRICS, Sets, check
+from ddpm_jax.evaluation.requests import Asked, Evaluator, result_key
 from ddpm_jax.parallel import first_hosts
 from ddpm_jax.parts import collect
-from ddpm_jax.runs import Run, RunDirectory, fingerprint, image_shape
+from ddpm_jax.runs import Run, RunDirectory, image_shape
 
 Say = Callable[[str], None]
 NEIGHBORS_SHOWN = 16
-VERSION = 1  # Raised when the same request of the same parameters would give another number.
-
-
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    """A result to come. See `manifest` for protocol and estimator."""
-
-    kind: names.Kind
-    protocol: dict[str, Any]
-    estimator: dict[str, Any]
-
-
-class Evaluator(Protocol):
-    """Called with (step, parameters), it yields (name, number).
-
-    asked: the results by name. bulky: whether what it keeps is as large as images are.
-    """
-
-    asked: dict[str, Asked]
-    bulky: bool
-
-    def files(self, run: Run, directory: RunDirectory) -> dict[str, epath.Path]:
-        """The file that belongs to a result, by the result's name, where one does."""
-
-    def __call__(
-        self,
-        step: int,
-        params: Any,
-        wanted: Iterable[str] | None = None,
-        directory: RunDirectory | None = None,
-        stop: Callable[[], bool] | None = None,
-    ) -> Iterator[tuple[str, Measured]]:
-        """Evaluates the parameters of a step.
-
-        Args:
-          wanted: names out of `asked`; all of them, unless given.
-          directory: where samples, arrays, pictures and unfinished pieces are kept; None: nowhere.
-          stop: see `parts.collect`.
-        """
 
 
 def make_evaluators(run: Run, say: Say) -> list[Evaluator]:
@@ -82,13 +43,13 @@ def make_evaluators(run: Run, say: Say) -> list[Evaluator]:
       RequestError: data or weights are missing or do not fit.
     """
     e = run.config.evaluation
-    requests = list(dict.fromkeys(names.parse(metric) for metric in e.metrics))
+    asked = list(dict.fromkeys(names.parse(metric) for metric in e.metrics))
     found: list[Evaluator] = []
-    if (names.BOUND, "") in requests:
+    if (names.BOUND, "") in asked:
         found += [BoundEvaluator(run, split, say) for split in e.split]
     drawer = Drawer(say)
-    for features in dict.fromkeys(f for _, f in requests if f):
-        metrics = [metric for metric, f in requests if f == features]
+    for features in dict.fromkeys(f for _, f in asked if f):
+        metrics = [metric for metric, f in asked if f == features]
         try:
             extractor = make_extractor(features, e.weights, e.cache_dir)
         except RequestError as error:
@@ -99,38 +60,6 @@ def make_evaluators(run: Run, say: Say) -> list[Evaluator]:
     return found
 
 
-def _open(config: ml_collections.ConfigDict, split: str, key: str) -> Source:
-    """The split, which the config names at `key`."""
-    try:
-        return open_source(config, split)
-    except RequestError as error:
-        where = str(error).replace("config.data.split=", f"config.{key}=")
-        raise RequestError(where) from error
-
-
-def result_key(run: Run, asked: Asked) -> str:
-    """Eight digits in the files of a result: of all that the number depends on.
-
-    What chose the checkpoint is not among it.
-    """
-    protocol = {key: value for key, value in asked.protocol.items() if key != "checkpoint"}
-    process = run.config.diffusion.to_dict()
-    return digest(VERSION, protocol, asked.estimator, process, fingerprint(run.params))
-
-
-def _model_protocol(run: Run) -> dict[str, Any]:
-    return {
-        "parameters": run.kind,
-        "checkpoint": run.rule if run.rule.startswith("best") else "given",
-        "dtype": run.config.model.dtype,
-    }
-
-
-def _chain(steps: int, num_steps: int) -> int | str:
-    """All of a chain, however long, is comparable with all of another."""
-    return steps if 0 < steps < num_steps else "all"
-
-
 class BoundEvaluator:
     """The bound over a split: see `bound`."""
 
@@ -139,8 +68,8 @@ class BoundEvaluator:
     def __init__(self, run: Run, split: str, say: Say):
         self._run, self._say, self._split = run, say, split
         e = run.config.evaluation
-        self._source = _open(run.config, split, "evaluation.split")
-        self._positions = _positions(self._source, e.max_images, "evaluation.max_images")
+        self._source = requests.open_split(run.config, split, "evaluation.split")
+        self._positions = requests.positions(self._source, e.max_images, "evaluation.max_images")
         wanted = min(e.batch_size, len(self._positions))
         self._batch = generation.padded_batch(wanted, run.layout)
         self._process = sampling.shorten(run.process, e.steps) if e.steps else run.process
@@ -157,8 +86,8 @@ class BoundEvaluator:
         self._announced = False
         protocol = {
             **reference.data_protocol(self._source, e.max_images),
-            **_model_protocol(run),
-            "chain": _chain(e.steps, run.config.diffusion.num_steps),
+            **requests.model_protocol(run),
+            "chain": requests.chain(e.steps, run.config.diffusion.num_steps),
             "clip": e.clip,
             "decoder": "discretised Gaussian, 256 levels",
         }
@@ -233,7 +162,7 @@ class BoundEvaluator:
             name = f"{value}_{self._split}"
             if name in wanted:
                 more = details if value == names.BOUND else {}
-                yield name, _measured(number, error, self.asked[name], more)
+                yield name, self.asked[name].measured(number, error, more)
 
 
 class QualityEvaluator:
@@ -263,12 +192,12 @@ class QualityEvaluator:
         e = config.evaluation
         self._say, self._metrics = say, metrics
         self._extractor, features = extractor, extractor.name
-        self._source = _open(config, e.reference, "evaluation.reference")
-        _positions(self._source, e.reference_count, "evaluation.reference_count")
+        self._source = requests.open_split(config, e.reference, "evaluation.reference")
+        requests.positions(self._source, e.reference_count, "evaluation.reference_count")
         others = [split for split in e.split if split != e.reference]
         self._held_out = None
         if others and "nearest" in metrics:
-            self._held_out = _open(config, others[0], "evaluation.split")
+            self._held_out = requests.open_split(config, others[0], "evaluation.split")
         try:
             real = e.reference_count or len(self._source)
             check(metrics, extractor, e.count, image_shape(config), real)
@@ -285,9 +214,9 @@ class QualityEvaluator:
         protocol = {
             "samples": e.count,
             "features": {"name": features, **self._extractor.identity},
-            **_model_protocol(run),
+            **requests.model_protocol(run),
             "sampler": how.method,
-            "chain": _chain(how.steps, num_steps),
+            "chain": requests.chain(how.steps, num_steps),
             "eta": how.eta,
             "clip": how.clip,
             "rounding": "nearest of 256 levels",
@@ -338,7 +267,7 @@ class QualityEvaluator:
             for value, estimate in METRICS[metric][2](sets).items():
                 result = names.quality_name(value, name, count)
                 more = details | estimate.details
-                yield result, _measured(*estimate[:2], self.asked[result], more)
+                yield result, self.asked[result].measured(*estimate[:2], more)
 
     def files(self, run: Run, directory: RunDirectory) -> dict[str, epath.Path]:
         """The picture of nearest neighbours."""
@@ -406,18 +335,3 @@ class QualityEvaluator:
         neighbors = np.where(mirrored, neighbors[:, :, ::-1], neighbors)
         pair = np.concatenate([images[shown], neighbors])
         figures.save_png(path, figures.grid(pair, columns=len(neighbors)))
-
-
-def _measured(value: float, error: float | None, asked: Asked, details: dict[str, Any]) -> Measured:
-    kind = asked.kind
-    return Measured(value, error, kind.unit, kind.better, asked.protocol, asked.estimator, details)
-
-
-def _positions(source: Source, count: int, key: str) -> np.ndarray:
-    try:
-        return reference.evenly(len(source), count)
-    except ValueError:
-        raise RequestError(
-            f"config.{key}={count}: split {source.split} of {source.name} has only "
-            f"{len(source)} images; set that or 0, for all of them"
-        ) from None

@@ -12,8 +12,9 @@ import numpy as np
 from etils import epath
 
 from ddpm_jax.evaluation import manifest
-from ddpm_jax.evaluation.evaluators import Evaluator, make_evaluators, result_key
+from ddpm_jax.evaluation.evaluators import make_evaluators
 from ddpm_jax.evaluation.manifest import Manifest, Measured
+from ddpm_jax.evaluation.requests import Evaluator, result_key
 from ddpm_jax.interruption import Interrupted, Watch
 from ddpm_jax.parallel import first_hosts
 from ddpm_jax.runs import Run, RunDirectory, fingerprint, load

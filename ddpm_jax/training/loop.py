@@ -17,8 +17,9 @@ from ddpm_jax import config as config_lib
 from ddpm_jax import figures, files
 from ddpm_jax.data import Batches, Source, nbytes, open_source
 from ddpm_jax.evaluation import names
-from ddpm_jax.evaluation.evaluators import Evaluator, make_evaluators
+from ddpm_jax.evaluation.evaluators import make_evaluators
 from ddpm_jax.evaluation.manifest import Measured, digest
+from ddpm_jax.evaluation.requests import Evaluator
 from ddpm_jax.evaluation.results import evaluate_and_keep
 from ddpm_jax.generation import GRID_IMAGES, compile_sampler, padded_batch
 from ddpm_jax.interruption import Interrupted, Watch
