@@ -85,6 +85,8 @@ def test_the_best_checkpoint_is_kept_and_says_so(trained, capsys):
     assert result["value"] == written[best]["bits_per_dim_test"]
     out = capsys.readouterr().out
     assert out.count("measured before") == 6 and found["bits_per_dim_test", best, "given"]
+    rule = "best_by_bits_per_dim_test"
+    assert len(list((trained / "evaluation").glob(f"step{best}_rmse_test_*_{rule}.json"))) == 1
     # Other metrics and counts of it can be asked for.
     other = ["--config.evaluation.metrics=kd_pixels", "--config.evaluation.count=5"]
     found = evaluate(trained, "--config.evaluation.checkpoint=best", *other)

@@ -60,7 +60,7 @@ def evaluate_and_keep(
       stop: whether to stop, asked between pieces and results.
       keep_arrays: whether samples, their features and pictures are kept on the disk as well.
     """
-    best = "_best" if run.rule.startswith("best") else ""
+    best = f"_{run.rule.replace(' ', '_')}" if run.rule.startswith("best") else ""
     stems = {n: f"step{run.step}_{n}_{result_key(run, a)}" for n, a in evaluator.asked.items()}
     paths = {name: directory.evaluation / f"{stem}{best}.json" for name, stem in stems.items()}
     keeps = keep_arrays or not evaluator.bulky
@@ -105,14 +105,10 @@ def evaluate_and_keep(
 
 def _read(directory: epath.Path, stem: str, protocol: dict[str, Any]) -> Measured | None:
     """The number kept there, under any rule that chose the checkpoint; None where none is whole."""
-    for suffix in ("", "_best"):
-        path = directory / f"{stem}{suffix}.json"
+    for path in sorted(directory.glob(f"{stem}*.json")):
         try:
-            if path.exists():
-                m = manifest.load(path).measured
-                return Measured(
-                    m, m.standard_error, m.unit, m.better, protocol, m.estimator, m.details
-                )
+            m = manifest.load(path).measured
+            return Measured(m, m.standard_error, m.unit, m.better, protocol, m.estimator, m.details)
         except ValueError as error:
             logging.getLogger(__name__).warning("%s; it is measured again", error)
     return None
