@@ -10,7 +10,7 @@ import argparse
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import ml_collections
@@ -27,7 +27,9 @@ from ddpm_jax.training.metrics import NonFiniteError
 MODES = ("train", "sample", "evaluate", "check")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Raises RequestError where argparse would exit."""
+
     def error(self, message: str) -> None:
         raise RequestError(message)
 
@@ -38,7 +40,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]
     Raises:
       RequestError: an unknown flag or a missing value.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="python -m ddpm_jax.main",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -90,28 +92,38 @@ def resolve(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a request; returns the exit code."""
+    return reported(lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: Sequence[str]) -> int:
+    args, overrides = parse(argv)
+    _join_hosts(args)  # Before anything touches a device.
+    config = resolve(args, overrides)
+    if args.selftest and args.mode != "evaluate":
+        raise RequestError("--selftest belongs to --mode=evaluate")
+    if args.mode != "check" and not args.selftest and not args.workdir:
+        raise RequestError("--workdir=DIR is needed, e.g. --workdir=runs/digits")
+    use_compilation_cache()
+    if args.mode == "train":
+        loop.train(config, args.workdir, _say)
+    elif args.mode == "sample":
+        run = runs.load(args.workdir, config=config)
+        directory = runs.RunDirectory.of(args.workdir).samples
+        _say(f"samples: {generation.generate(run, directory, _say)}")
+    elif args.selftest:
+        return 0 if selftest.run(config, _say) else 1
+    elif args.mode == "evaluate":
+        run = results.load_for_evaluation(args.workdir, config)
+        results.evaluate(run, runs.RunDirectory.of(args.workdir), _say)
+    else:
+        _say(check.report(config))
+    return 0
+
+
+def reported(work: Callable[[], int]) -> int:
+    """work() with every error that a user can meet said in one line; returns the exit code."""
     try:
-        args, overrides = parse(sys.argv[1:] if argv is None else argv)
-        _join_hosts(args)  # Before anything touches a device.
-        config = resolve(args, overrides)
-        if args.selftest and args.mode != "evaluate":
-            raise RequestError("--selftest belongs to --mode=evaluate")
-        if args.mode != "check" and not args.selftest and not args.workdir:
-            raise RequestError("--workdir=DIR is needed, e.g. --workdir=runs/digits")
-        _use_compilation_cache()
-        if args.mode == "train":
-            loop.train(config, args.workdir, _say)
-        elif args.mode == "sample":
-            run = runs.load(args.workdir, config=config)
-            directory = runs.RunDirectory.of(args.workdir).samples
-            _say(f"samples: {generation.generate(run, directory, _say)}")
-        elif args.selftest:
-            return 0 if selftest.run(config, _say) else 1
-        elif args.mode == "evaluate":
-            run = results.load_for_evaluation(args.workdir, config)
-            results.evaluate(run, runs.RunDirectory.of(args.workdir), _say)
-        else:
-            _say(check.report(config))
+        return work()
     except RequestError as error:
         return _fail(error, 2)
     except interruption.Interrupted as error:
@@ -124,7 +136,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.filename is None:
             raise
         return _fail(f"{error.filename}: {error.strerror}", 1)
-    return 0
 
 
 def _join_hosts(args: argparse.Namespace) -> None:
@@ -155,7 +166,7 @@ def _fail(error: Exception | str, code: int) -> int:
     return code
 
 
-def _use_compilation_cache() -> None:
+def use_compilation_cache() -> None:
     """Keeps compiled programs in ~/.cache/ddpm_jax/xla, unless JAX_COMPILATION_CACHE_DIR is set."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = pathlib.Path("~/.cache/ddpm_jax/xla").expanduser()

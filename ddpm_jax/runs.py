@@ -78,10 +78,10 @@ class RunDirectory:
             is_file = directory.path.exists() and not directory.path.is_dir()
         except ImportError:
             raise config_lib.RequestError(
-                f"--workdir={path}: gs:// paths need gcsfs; pip install gcsfs"
+                f"{path}: gs:// paths need gcsfs; pip install gcsfs"
             ) from None
         if is_file:
-            raise config_lib.RequestError(f"--workdir={path} is a file, not a directory")
+            raise config_lib.RequestError(f"{path} is a file, not a directory")
         return directory
 
     @property
@@ -127,7 +127,7 @@ class RunDirectory:
         """
         if not self.config.exists():
             raise config_lib.RequestError(
-                f"--workdir={self.path}: no run there (no config.json); train one first, "
+                f"{self.path}: no run there (no config.json); train one first, "
                 "or name the directory of a run"
             )
         try:
@@ -152,7 +152,7 @@ class RunDirectory:
             files.replace(self.config, config_lib.to_json(config))
         except OSError as error:
             raise config_lib.RequestError(
-                f"--workdir={self.path} cannot be written: {error.strerror or error}"
+                f"{self.path} cannot be written: {error.strerror or error}"
             ) from error
 
     def check_same(self, config: ml_collections.ConfigDict, free: Sequence[str]) -> None:
@@ -171,7 +171,7 @@ class RunDirectory:
         ]
         if differing:
             raise config_lib.RequestError(
-                f"--workdir={self.path} holds a run of another config: {'; '.join(differing)}; "
+                f"{self.path} holds a run of another config: {'; '.join(differing)}; "
                 "choose another --workdir, or go back to those values"
             )
 
@@ -261,14 +261,14 @@ def load(
     if not where.exists() or (best and not config.train.keep_best):
         hint = "; name its result with train.keep_best, as when training" if best else ""
         what = "best checkpoint" if best else "checkpoint yet"
-        raise config_lib.RequestError(f"--workdir={workdir}: the run has no {what}{hint}")
+        raise config_lib.RequestError(f"{workdir}: the run has no {what}{hint}")
     checkpoints = Checkpoints(where)
     try:
         found = checkpoints.restore(wanted, step)
     finally:
         checkpoints.close()
     if found is None:
-        raise config_lib.RequestError(f"--workdir={workdir}: the run has no checkpoint yet")
+        raise config_lib.RequestError(f"{workdir}: the run has no checkpoint yet")
     state, at_step, notes = found
     rule = f"best by {notes['result']}" if best else "newest" if step is None else "step"
     kind = "ema" if ema else "raw"

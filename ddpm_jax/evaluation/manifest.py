@@ -86,14 +86,14 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def provenance(seconds: float) -> dict[str, Any]:
-    """Versions, devices, seconds and time of a measurement that ends now."""
+def provenance(seconds: float | None = None) -> dict[str, Any]:
+    """Versions, devices and time of a measurement that ends now, and the seconds it took."""
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     return {
         "versions": versions | {"python": platform.python_version()},
         "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
         "hosts": jax.process_count(),
-        "seconds": round(seconds, 1),
+        "seconds": seconds if seconds is None else round(seconds, 1),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
