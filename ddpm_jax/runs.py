@@ -1,6 +1,7 @@
 """A run is a directory: its files, and what can be had from it.
 
 config.json     the resolved config
+provenance.json versions, devices, commit and command of each start of its training
 checkpoints/    one directory a checkpoint, named after the updates done
 metrics.jsonl   a JSON object a line
 events.…        the same for TensorBoard
@@ -13,6 +14,7 @@ figures/        plots
 from __future__ import annotations
 
 import dataclasses
+import json
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +26,7 @@ from etils import epath
 from ddpm_jax import config as config_lib
 from ddpm_jax import files
 from ddpm_jax.diffusion import Process
+from ddpm_jax.evaluation import manifest
 from ddpm_jax.models import UNet
 from ddpm_jax.parallel import Layout, make_layout, to_host
 from ddpm_jax.training.checkpoints import Checkpoints
@@ -90,6 +93,11 @@ class RunDirectory:
         return self.path / "config.json"
 
     @property
+    def provenance(self) -> epath.Path:
+        """provenance.json."""
+        return self.path / "provenance.json"
+
+    @property
     def checkpoints(self) -> epath.Path:
         """The directory of the checkpoints."""
         return self.path / "checkpoints"
@@ -143,9 +151,7 @@ class RunDirectory:
           RequestError: the directory holds a run of another config; the differences are listed.
         """
         if self.config.exists():
-            # A folder of images is known by its path alone.
-            folder = config.data.name == "folder"
-            self.check_same(config, [k for k in HARMLESS if not (folder and k == "data.data_dir")])
+            self.check_resumable(config)
         if jax.process_index() != 0:
             return
         try:
@@ -154,6 +160,29 @@ class RunDirectory:
             raise config_lib.RequestError(
                 f"{self.path} cannot be written: {error.strerror or error}"
             ) from error
+
+    def load_starts(self) -> list[dict[str, Any]]:
+        """What was noted at each start of the training, see `note_start`; [] where nothing was."""
+        try:
+            starts = json.loads(self.provenance.read_text())
+        except (OSError, ValueError):
+            return []
+        return [s for s in starts if isinstance(s, dict)] if isinstance(starts, list) else []
+
+    def note_start(self, step: int) -> None:
+        """Adds to provenance.json that the training starts here and now, to go on from `step`."""
+        starts = [*self.load_starts(), manifest.start_provenance(step)]
+        files.replace(self.provenance, json.dumps(starts, indent=1, ensure_ascii=False) + "\n")
+
+    def check_resumable(self, config: ml_collections.ConfigDict) -> None:
+        """Refuses a config with which the run could not go on to the bit.
+
+        Raises:
+          RequestError: lists the differences.
+        """
+        # A folder of images is known by its path alone.
+        folder = config.data.name == "folder"
+        self.check_same(config, [k for k in HARMLESS if not (folder and k == "data.data_dir")])
 
     def check_same(self, config: ml_collections.ConfigDict, free: Sequence[str]) -> None:
         """Refuses a config that differs from the run's own, but in the keys or groups `free`.

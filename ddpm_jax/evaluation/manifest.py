@@ -13,7 +13,11 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import pathlib
 import platform
+import shlex
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -96,6 +100,39 @@ def provenance(seconds: float | None = None) -> dict[str, Any]:
         "seconds": seconds if seconds is None else round(seconds, 1),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def start_provenance(step: int) -> dict[str, Any]:
+    """What a training that goes on from `step` runs with: versions, devices, commit, command."""
+    started = provenance()
+    del started["seconds"]
+    return {
+        "from_step": step,
+        **started,
+        "commit": code_commit(),
+        "command": shlex.join(sys.orig_argv),
+    }
+
+
+def code_commit(folder: pathlib.Path = pathlib.Path(__file__).parent) -> str | None:
+    """The git commit that a package's code is of, with "-dirty" where its files differ from it.
+
+    None where git does not keep the package: it was installed, or there is no git.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")
+        root = git("rev-parse", "--show-toplevel")
+        changed = git("-C", root, "status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def save(path: epath.Path, manifest: Manifest) -> None:

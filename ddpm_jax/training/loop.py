@@ -162,6 +162,8 @@ class _Loop:
         self._train = job.config.train
         self._first_host = jax.process_index() == 0
         self._state, self._step, self._window = self._begin()
+        if self._first_host:
+            directory.note_start(self._step)
         self._saved = self._step
         self._sampler = None
         self._writer = Writer(
