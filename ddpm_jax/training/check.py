@@ -51,6 +51,16 @@ def _schedule_lines(schedule: Schedule) -> list[str]:
     return [line]
 
 
+def step_flops(job: Job) -> float:
+    """The floating-point operations of an optimizer step, on all devices together."""
+    # One step without loops, of which XLA would count a single round.
+    whole = dataclasses.replace(job.task, microbatches=1)
+    batch = jax.ShapeDtypeStruct((job.config.train.batch_size, *image_shape(job.config)), jnp.uint8)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), job.abstract)
+    cost = jax.jit(functools.partial(train_step, whole)).lower(shapes, batch).cost_analysis()
+    return cost["flops"]
+
+
 def _cost_lines(job: Job) -> list[str]:
     config = job.config
     batch = (config.train.steps_per_call, config.train.batch_size, *image_shape(config))
@@ -61,12 +71,7 @@ def _cost_lines(job: Job) -> list[str]:
         for x in jax.tree.leaves(job.abstract)
     )
     lines.append(f"state: {state_bytes / 2**20:,.1f} MiB a device")
-    # One step without loops, of which XLA would count a single round.
-    whole = dataclasses.replace(job.task, microbatches=1)
-    one_batch = jax.ShapeDtypeStruct(batch[1:], jnp.uint8)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), job.abstract)
-    cost = jax.jit(functools.partial(train_step, whole)).lower(shapes, one_batch).cost_analysis()
-    lines.append(f"step: {cost['flops'] / 1e9:,.2f} GFLOP, on all devices together")
+    lines.append(f"step: {step_flops(job) / 1e9:,.2f} GFLOP, on all devices together")
     if job.layout.mode != "pmap":  # Its program cannot be compiled without running it.
         call = compile_call(job.layout, functools.partial(train_call, job.task), job.sharding)
         memory = call.lower(job.abstract, images).compile().memory_analysis()
