@@ -20,6 +20,9 @@ PURPOSES = {
     "sample": 5,  # One key a sample: x_T and the noise of every reverse step.
     "bound": 6,  # One key an image: the x_t at which the bound's terms are evaluated.
     "bound_times": 7,  # One key an image: the t at which a part of the terms is evaluated.
+    "order": 8,  # The order of coordinates of a forward process that masks them one by one.
+    "continuation": 9,  # One key a reverse process that goes on from another's x_t.
+    "interpolation": 10,  # One key a pair of images: both ends' noise and the reverse steps'.
 }
 
 

@@ -29,6 +29,7 @@ from ddpm_jax.evaluation.results import evaluate_and_keep, load_for_evaluation
 from ddpm_jax.interruption import Watch
 from ddpm_jax.main import Parser, reported, use_compilation_cache
 from ddpm_jax.runs import Run, RunDirectory, fingerprint
+from ddpm_jax.schedules import Schedule
 
 VERSION = 1  # Raised when the same request would give other numbers.
 
@@ -138,6 +139,36 @@ class Study:
         self.say(f"{title}: {where / names['figure']}, and the numbers in {names['table']}")
         for note in notes:
             self.say(f"  {note}")
+
+
+def chain_indices(schedule: Schedule, times: str, flag: str) -> list[int]:
+    """The indices of a chain at which the network is told these times, from the largest down.
+
+    Args:
+      schedule: the chain, respaced or not.
+      times: of the trained chain, separated by commas; "" for T, 3T/4, T/2 and T/4, or what a
+        respaced chain has instead.
+      flag: the one that gave them.
+    Raises:
+      RequestError: no integers, outside 1..T, or the chain passes one by.
+    """
+    known = np.asarray(schedule.timesteps)[1:]
+    steps = len(known)
+    if not times:
+        return sorted({max(1, round(steps * k / 4)) for k in (1, 2, 3, 4)}, reverse=True)
+    try:
+        wanted = {int(word) for word in times.split(",")}
+    except ValueError:
+        raise RequestError(f"{flag}={times}: expected integers such as {known[-1]},1") from None
+    for t in sorted(wanted):
+        if not 1 <= t <= known[-1]:
+            raise RequestError(f"{flag}: t={t} does not lie in 1..{known[-1]}")
+        if t not in known:
+            near = known[np.abs(known - t).argmin()]
+            raise RequestError(
+                f"{flag}: the chain of {steps} steps does not stop at t={t}, the nearest is {near}"
+            )
+    return [int(np.searchsorted(known, t)) + 1 for t in sorted(wanted, reverse=True)]
 
 
 def to_csv(rows: Sequence[dict[str, Any]]) -> str:
