@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import json
 import os
 import pathlib
 import queue
@@ -16,6 +18,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from etils import epath
+
+from ddpm_jax import files
 from ddpm_jax.config import RequestError
 from ddpm_jax.interruption import EXIT_CODE, Watch
 from ddpm_jax.progress import duration
@@ -32,7 +37,7 @@ def perform(
     environment: dict[str, str] | None = None,
     cpus: Sequence[int] = (),
     stop: Callable[[], bool] = lambda: False,
-    started: Callable[[str, pathlib.Path], None] = lambda stage, log: None,
+    started: Callable[[str, pathlib.Path, subprocess.Popen], None] = lambda *_: None,
 ) -> tuple[str, str]:
     """Runs a job's commands in order and records how each ended; (status, message) of the last one.
 
@@ -40,7 +45,7 @@ def perform(
       environment: of the programs; this process's own, unless given.
       cpus: that they may run on; all, unless given.
       stop: asked all the while; the program is then told to save and stop.
-      started: told of each command and its log.
+      started: told of each command's stage, its log and its program.
     """
     status, message = DONE, ""
     for command in job.commands:
@@ -53,8 +58,8 @@ def perform(
         began = time.monotonic()
         for run in runs:
             run.path.mkdir(parents=True, exist_ok=True)
-        started(command.stage.name, log)
-        code, offset = _execute(command.argv, log, environment, cpus, stop)
+        told = functools.partial(started, command.stage.name, log)
+        code, offset = _execute(command.argv, log, environment, cpus, stop, told)
         seconds = (time.monotonic() - began) / len(runs)
         printed = lines(log, offset)
         for run in runs:
@@ -66,7 +71,7 @@ def perform(
     return status, message
 
 
-def _execute(argv, log, environment, cpus, stop):
+def _execute(argv, log, environment, cpus, stop, started):
     """The exit code of a program, and where in the log its output begins."""
     with log.open("ab") as output:
         output.write(f"$ {shlex.join(argv)}\n".encode())
@@ -82,6 +87,7 @@ def _execute(argv, log, environment, cpus, stop):
         )
         if cpus:  # Before it starts a thread. (A preexec_fn would fork a process full of threads.)
             os.sched_setaffinity(program.pid, cpus)
+        started(program)
         told = False
         try:
             while program.poll() is None:
@@ -166,7 +172,7 @@ def run_local(jobs: Sequence[Job], num_jobs: int, say: Say) -> dict[str, tuple[s
                 return
             slot.job, slot.began = job.label, time.monotonic()
 
-            def started(stage: str, log: pathlib.Path) -> None:
+            def started(stage: str, log: pathlib.Path, _: subprocess.Popen) -> None:
                 slot.stage, slot.log = stage, log
 
             try:
@@ -287,24 +293,27 @@ def print_commands(jobs: Sequence[Job], say: Say) -> None:
 
 
 class SlurmJob:
-    """A job as submitit runs it; one that is preempted is put into the queue again."""
+    """A job as submitit runs it; one that is preempted saves, and is put into the queue again."""
 
     def __init__(self, job: Job):
         """See `perform`."""
         self.job = job
+        self._program: subprocess.Popen | None = None
 
     def __call__(self) -> tuple[str, str]:
-        asked = threading.Event()
-        before = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
-        try:
-            return perform(self.job, stop=asked.is_set)
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        def started(stage: str, log: pathlib.Path, program: subprocess.Popen) -> None:
+            self._program = program
 
-    def checkpoint(self, *args: Any) -> Any:
-        """What submitit asks for before the time is over: the same again."""
+        return perform(self.job, started=started)
+
+    def checkpoint(self) -> Any:
+        """What submitit asks for, in a signal's handler, before the time is over."""
         import submitit
 
+        if self._program is not None:
+            self._program.send_signal(signal.SIGTERM)
+            # Without reaping it: the interrupted `perform` may be about to.
+            os.waitid(os.P_PID, self._program.pid, os.WEXITED | os.WNOWAIT)
         return submitit.helpers.DelayedSubmission(SlurmJob(self.job))
 
 
@@ -313,10 +322,13 @@ def run_slurm(
 ) -> dict[str, tuple[str, str]]:
     """Submits jobs through submitit and waits for them; {label: (status, message)}.
 
+    A job that an earlier call submitted and that has not ended is waited for, not submitted again.
+    A signal ends the waiting, not the jobs.
+
     Args:
       directory: of the sweep; submitit's files go into its slurm/.
       options: of submitit's `update_parameters`, e.g. timeout_min, slurm_partition; "cluster"
-        chooses another than Slurm ("local").
+        chooses another than Slurm: "local" runs the jobs here.
     Raises:
       RequestError: submitit is missing, or refuses an option.
     """
@@ -325,32 +337,47 @@ def run_slurm(
     except ImportError:
         raise RequestError("--executor=slurm needs submitit; pip install -e '.[slurm]'") from None
     options = dict(options)
+    cluster, folder = options.pop("cluster", "slurm"), directory / "slurm"
     try:
-        executor = submitit.AutoExecutor(
-            folder=directory / "slurm", cluster=options.pop("cluster", "slurm")
-        )
+        executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
         executor.update_parameters(name=directory.name, **options)
     except (RuntimeError, NameError, ValueError, TypeError) as error:
         raise RequestError(f"submitit: {' '.join(str(error).split())}") from error
+    known = folder / "jobs.json"
+    ids = json.loads(known.read_text()) if known.exists() else {}
     submitted = {}
     for job in jobs:
-        submitted[job.label] = executor.submit(SlurmJob(job))
-        say(f"{job.label}: job {submitted[job.label].job_id}")
+        before = _unfinished(submitit, folder, ids.get(job.label), cluster)
+        submitted[job.label] = before or executor.submit(SlurmJob(job))
+        ids[job.label] = submitted[job.label].job_id
+        say(f"{job.label}: job {ids[job.label]}{(before and ', submitted before') or ''}")
+        files.replace(epath.Path(known), json.dumps(ids))
     ended: dict[str, tuple[str, str]] = {}
     with Watch() as watch:
-        while len(ended) < len(submitted):
+        while len(ended) < len(submitted) and not watch.asked():
             for label, job in submitted.items():
                 if label in ended or not job.done():
                     continue
                 try:
                     ended[label] = job.result()
                 except Exception as error:  # Of whatever happened to the job.
-                    ended[label] = FAILED, str(error).strip().splitlines()[-1]
+                    ended[label] = FAILED, _reason(error)
                 say(f"{label}: {' '.join(filter(None, ended[label]))}")
-            if watch.asked():
-                for label, job in submitted.items():
-                    if label not in ended:
-                        job.cancel()
-                        ended[label] = INTERRUPTED, "cancelled"
             time.sleep(POLL_SECONDS)
+    if len(ended) < len(submitted):
+        say(f"{len(submitted) - len(ended)} jobs go on; the same command waits for them")
     return ended
+
+
+def _reason(error: Exception) -> str:
+    """The last line of submitit's account that is not the path of a log."""
+    told = [line.strip() for line in str(error).splitlines()]
+    return next((x for x in reversed(told) if x and not x.startswith(("-", "You"))), repr(error))
+
+
+def _unfinished(submitit: Any, folder: pathlib.Path, job_id: str | None, cluster: str) -> Any:
+    """The job of an earlier call, if Slurm still has it."""
+    if job_id is None or cluster != "slurm":
+        return None
+    job = submitit.SlurmJob(folder, job_id)
+    return None if job.done(force_check=True) else job
