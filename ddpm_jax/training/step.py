@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,15 +22,52 @@ QUARTERS = 4  # Parts of 1..T whose losses are shown apart.
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """All that a step needs beside the state and the batch; fixed when it is compiled."""
+    """All that a step needs beside the state and the batch; fixed when it is compiled.
+
+    Attributes:
+      loss: in place of `example_losses`, with its arguments, where it is another forward process
+        that is to be reversed; num_steps is T of that one, and `process` may be None.
+    """
 
     model: UNet
-    process: Process
+    process: Process | None
     optimizer: optax.GradientTransformation
     train: ml_collections.ConfigDict
     flip: bool
     seed: int
     microbatches: int = 1
+    loss: Callable[..., tuple[jax.Array, jax.Array]] | None = None
+    num_steps: int | None = None
+
+    @property
+    def length(self) -> int:
+        """T of the forward process."""
+        return self.num_steps or self.process.schedule.num_steps
+
+
+def positional_keys(task: Task, purpose: str, step: jax.Array, index: jax.Array) -> jax.Array:
+    """Keys [batch] of the examples at places `index` of the whole batch, see `keys`."""
+    return keys.example_keys(task.seed, purpose, step, index)
+
+
+def augmented(task: Task, images: jax.Array, index: jax.Array, step: jax.Array) -> jax.Array:
+    """The images, mirrored by chance where the task says so."""
+    if not task.flip:
+        return images
+    draws = positional_keys(task, "flip", step, index)
+    return random_flip(images, jax.vmap(jax.random.bernoulli)(draws))
+
+
+def drawn_timesteps(task: Task, index: jax.Array, step: jax.Array) -> jax.Array:
+    """t of each example, int32 [batch] in 1..T, as `train.timesteps` says."""
+    u = jax.vmap(jax.random.uniform)(positional_keys(task, "timestep", step, index))
+    place = losses.TIMESTEPS[task.train.timesteps](u, index, task.train.batch_size)
+    return losses.timesteps(place, task.length)
+
+
+def dropout_keys(task: Task, index: jax.Array, step: jax.Array) -> jax.Array | None:
+    """Keys [batch] of the network's dropout; None where it has none."""
+    return positional_keys(task, "dropout", step, index) if task.model.dropout else None
 
 
 def example_losses(
@@ -43,28 +81,21 @@ def example_losses(
       step: the updates done before.
     """
 
-    def positional(purpose: str) -> jax.Array:
-        return keys.example_keys(task.seed, purpose, step, index)
-
-    x0 = to_float(images)
-    if task.flip:
-        x0 = random_flip(x0, jax.vmap(jax.random.bernoulli)(positional("flip")))
-    u = jax.vmap(jax.random.uniform)(positional("timestep"))
-    place = losses.TIMESTEPS[task.train.timesteps](u, index, task.train.batch_size)
-    t = losses.timesteps(place, task.process.schedule.num_steps)
-    noise = keys.normal(positional("noise"), 0, x0.shape[1:])
-    dropout_keys = positional("dropout") if task.model.dropout else None
+    x0 = augmented(task, to_float(images), index, step)
+    t = drawn_timesteps(task, index, step)
+    noise = keys.normal(positional_keys(task, "noise", step, index), 0, x0.shape[1:])
+    masks = dropout_keys(task, index, step)
 
     def denoiser(x_t: jax.Array, t: jax.Array) -> jax.Array:
-        return task.model.apply({"params": params}, x_t, t, dropout_keys)
+        return task.model.apply({"params": params}, x_t, t, masks)
 
     loss = losses.training_loss(task.process, denoiser, x0, t, noise, task.train.objective)
     return loss, t
 
 
 def _loss_and_metrics(task, params, images, index, step):
-    loss, t = example_losses(task, params, images, index, step)
-    quarter = (t - 1) * QUARTERS // task.process.schedule.num_steps
+    loss, t = (task.loss or example_losses)(task, params, images, index, step)
+    quarter = (t - 1) * QUARTERS // task.length
     in_quarter = quarter[:, None] == jnp.arange(QUARTERS)
     metrics = {
         "loss": loss.mean(),
