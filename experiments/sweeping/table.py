@@ -96,9 +96,14 @@ def unlike(found: Mapping[str, Mapping[str, Manifest]]) -> list[str]:
 
 
 def columns_of(plan: Plan, rows: Sequence[Row]) -> dict[str, str]:
-    """{result: heading}: the sweep's, or every result that a run has."""
-    if plan.sweep.columns:
-        return dict(plan.sweep.columns)
+    """{result: heading}: those of the sweep's that a run has, or every result that one has."""
+    own = {
+        name: heading
+        for name, heading in plan.sweep.columns.items()
+        if any(r.get(name) is not None for r in rows)
+    }
+    if own:
+        return own
     names = dict.fromkeys(k.removesuffix("_error") for r in rows for k in r if k.endswith("_error"))
     return {name: name for name in [*names, "outside", "grad_norm_max"]}
 
