@@ -42,7 +42,7 @@ from ddpm_jax.evaluation.results import evaluate_and_keep
 from ddpm_jax.interruption import Watch
 from experiments import common
 from experiments.common import Study
-from experiments.sample_sets import Space, drawn_by, extractors, held_out_split, real_images
+from experiments.sample_sets import COUNT, Space, drawn_by, extractors, held_out_split, real_images
 
 ROWS = 8  # Samples shown in each space.
 PIECE = 4096  # Samples whose neighbours are found at a time.
@@ -91,7 +91,7 @@ def work(study: Study) -> None:
             "distances of samples alone, without those of held-out images to judge them by"
         )
     found = extractors(study, flags.features)
-    run = drawn_by(study, flags.count)
+    run = drawn_by(study, flags.count, min(e.count, COUNT))
     run.config.evaluation.count = run.config.sample.count
     drawer = Drawer(study.say)
     evaluators = [QualityEvaluator(run, x, ("nearest",), study.say, drawer) for x in found]
@@ -217,12 +217,12 @@ def draw(shown: list[Shown], images: np.ndarray, split: str, held_out: str) -> A
     figure = Figure(figsize=(width * len(shown), tall + 4.3), layout="constrained")
     panels = figure.subplots(2, len(shown), squeeze=False, height_ratios=(tall, 3.5))
     for (above, below), one in zip(panels.T, shown, strict=True):
-        _draw_pairs(above, one, images, split)
+        _draw_pairs(above, one, images, split, held_out)
         _draw_distances(below, one, split, held_out)
     return figure
 
 
-def _draw_pairs(axes: Any, one: Shown, images: np.ndarray, split: str) -> None:
+def _draw_pairs(axes: Any, one: Shown, images: np.ndarray, split: str, held_out: str) -> None:
     limit = one.result.details.get("held_out_quantile_0.01", 0.0)
     k = one.neighbors.shape[1]
     for row, (sample, neighbors) in enumerate(zip(one.rows, one.neighbors, strict=True)):
@@ -237,9 +237,10 @@ def _draw_pairs(axes: Any, one: Shown, images: np.ndarray, split: str) -> None:
             axes.text(x + 0.5, y + 1.02, text, ha="center", va="top", fontsize=11, **close)
     axes.set(xlim=(0, k + 1 + APART), ylim=(len(one.rows) * PITCH, -HEADING), aspect="equal")
     axes.axis("off")
-    axes.text(0.5, -0.1, "sample", ha="center", fontsize=12)
+    axes.text(0.5, -0.1, "sample", ha="center", fontsize=11)
     heading = f"nearest of {split}, RMS distance"
-    axes.text(1 + APART + k / 2, -0.1, heading, ha="center", fontsize=12)
+    heading += f" (red: closer than 99 % of {held_out})" if limit else ""
+    axes.text(1 + APART + k / 2, -0.1, heading, ha="center", fontsize=11)
     axes.set_title(f"in {'pixels' if one.name == 'pixels' else one.name}", fontsize=14)
 
 
@@ -271,7 +272,7 @@ def _draw_distances(axes: Any, one: Shown, split: str, held_out: str) -> None:
     axes.set_ylabel("share that close or closer", fontsize=12)
     axes.tick_params(labelsize=11)
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper left", fontsize=11)
+    axes.legend(loc="upper left", fontsize=11, framealpha=1)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

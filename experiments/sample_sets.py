@@ -27,35 +27,35 @@ COUNT_ALL_STEPS = 128  # Where the chain cannot be shortened.
 NETWORK = "effnetlite0_64"
 
 
-def drawn_by(study: Study, count: int = 0) -> Run:
+def drawn_by(study: Study, count: int = 0, default: int = COUNT, shorten: bool = True) -> Run:
     """The run with `config.sample` and seed as they drew, or will draw, the samples to look at.
 
-    Those on the disk from the same parameters are taken, the largest set and of equals the newest;
-    only sets drawn as asked, where the request differs from the run's own config.
+    Those on the disk from the same parameters are taken: a set of just so many or else the largest,
+    of equals the newest; only sets drawn as asked, where `asked` says that it matters.
 
     Args:
       count: the least number of them; 0 for any.
+      default: how many will be drawn where `count` is 0, fewer of a chain that cannot be shortened.
+      shorten: whether what is drawn may have a shorter chain, if the request names no other.
     """
-    config = copy.deepcopy(study.run.config)
-    saved = study.directory.load_config()
-    own = dataclasses.replace(study.run, config=saved)
-    asked = _manner(study.run) != _manner(own)
     there = []
     for path in sorted(study.directory.samples.glob("step*.npz")):
         run = _drew(study.run, path)
         if run is None or run.config.sample.count < max(count, 2):
             continue
-        if not asked or _manner(run) == _manner(study.run):
-            there.append((run.config.sample.count, path.stat().mtime, path.name, run))
+        if not asked(study) or manner(run) == manner(study.run):
+            found = run.config.sample.count
+            there.append((found == count, found, path.stat().mtime, path.name, run))
     if there:
-        *_, name, run = max(there, key=lambda found: found[:3])
+        *_, name, run = max(there, key=lambda found: found[:4])
         study.say(f"samples: {name}")
         return run
+    config = copy.deepcopy(study.run.config)
     how, num_steps = config.sample, config.diffusion.num_steps
     rigid = how.method == "ancestral" and config.diffusion.variance == "learned"
-    if how.steps == 0 and num_steps > STEPS and not rigid:
+    if shorten and how.steps == 0 and num_steps > STEPS and not rigid:
         how.steps = STEPS
-    how.count = count or min(config.evaluation.count, COUNT_ALL_STEPS if rigid else COUNT)
+    how.count = count or min(default, COUNT_ALL_STEPS if rigid else default)
     study.say(
         f"no samples drawn so from these parameters yet: drawing {how.count:,} with "
         f"{how.steps or num_steps:,} of {num_steps:,} steps; --config.sample.steps=N for others"
@@ -63,8 +63,16 @@ def drawn_by(study: Study, count: int = 0) -> Run:
     return dataclasses.replace(study.run, config=config)
 
 
-def _manner(run: Run) -> dict[str, Any]:
-    return {k: v for k, v in generation.sampling_protocol(run).items() if k != "count"}
+def asked(study: Study) -> bool:
+    """Whether the request would draw samples in another way than the run's own config."""
+    own = dataclasses.replace(study.run, config=study.directory.load_config())
+    return manner(study.run) != manner(own)
+
+
+def manner(run: Run) -> dict[str, Any]:
+    """How a run's samples are drawn, however many."""
+    protocol = generation.sampling_protocol(run)
+    return {key: value for key, value in protocol.items() if key != "count"}
 
 
 def _drew(run: Run, path: epath.Path) -> Run | None:
