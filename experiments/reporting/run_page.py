@@ -5,22 +5,19 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from ddpm_jax import config as config_lib
 from ddpm_jax.evaluation.manifest import Manifest
+from experiments.reporting import tables
 from experiments.reporting.html import (
     Html,
-    command,
     data,
     el,
     grid_png,
     join,
     picture,
     slider,
-    table,
 )
 from experiments.reporting.plots import Axis, Choice, Plot, Series, curve
 from experiments.reporting.reading import PATH_STUDY, Frames, RunData, Study
@@ -75,8 +72,8 @@ def run_page(run: RunData) -> Page:
         evaluation(run),
         bits_per_t(run),
         *studies(run),
-        config(run),
-        provenance(run),
+        Section("config", "Config", tables.config(run)),
+        Section("provenance", "Provenance", tables.provenance(run)),
     ]
     return Page(
         run.directory.path.name,
@@ -130,7 +127,7 @@ def training(run: RunData) -> Section:
     for quarter in range(1, 5):
         key = f"loss_quarter_{quarter}"
         if any(key in r for r in lines):
-            losses.append(curve(lines, key, f"quarter {quarter} of T", color=quarter, faint=True))
+            losses.append(curve(lines, key, f"quarter {quarter}", color=quarter, faint=True))
     step = Axis("step")
     figures = [
         Plot(
@@ -150,7 +147,7 @@ def training(run: RunData) -> Section:
             continue
         title = key.replace("_", " ").capitalize()
         last = next(r[key] for r in reversed(lines) if key in r)
-        choice = Choice(key, Axis(key), [curve(lines, key)])
+        choice = Choice(key, Axis(""), [curve(lines, key)])
         figures.append(Plot(f"training-{key}", title, f"It ends at {last:.4g}.", step, [choice]))
     found = [el("div", *(p.html() for p in figures), class_="plots")]
     evaluated = [r for r in run.records if "loss" not in r]
@@ -324,20 +321,10 @@ def _per_t(
 
 
 def evaluation(run: RunData) -> Section | Missing:
-    """Every result with its error and protocol."""
+    """Every result with its error and protocol, and the pictures kept beside results."""
     if not run.results:
         return Missing("bits/dim and the quality of samples", _evaluate(run))
-    rows = []
-    for name, m in run.results.items():
-        how = "; ".join(_words(m.measured.protocol))
-        step = f"{m.subject['checkpoint']:,}"
-        better = {"lower": "↓", "higher": "↑"}.get(m.measured.better, "")
-        unit = m.measured.unit
-        shown = m.measured.text().removesuffix(unit).strip()
-        rows.append((name, shown, f"{unit} {better}".strip(), step, how))
-    columns = ("result", "value ± standard error", "unit", "step", "protocol")
-    caption = "The newest result of each name; ↓ lower is better, ↑ higher is better"
-    found = [table(columns, rows, caption, "results")]
+    found = tables.results(run.results)
     for name, png in run.pictures.items():
         if name.startswith("nearest"):
             alt = "Samples in the upper row, each above its nearest training image"
@@ -345,18 +332,6 @@ def evaluation(run: RunData) -> Section | Missing:
         else:
             found.append(picture(png, name, name))
     return Section("evaluation", "Evaluation", join(found))
-
-
-def _words(protocol: dict[str, Any], prefix: str = "") -> list[str]:
-    """A protocol as "key: value"."""
-    found = []
-    for key, value in protocol.items():
-        if isinstance(value, dict):
-            found += _words(value, f"{prefix}{key}.")
-        else:
-            shown = "×".join(map(str, value)) if isinstance(value, list) else value
-            found.append(f"{prefix}{key}: {shown}")
-    return found
 
 
 def _evaluate(run: RunData, more: str = "") -> str:
@@ -391,70 +366,3 @@ def _study(study: Study, more: Html | None) -> Section:
         data(study.table, study.title, f"{study.name}.csv", "Table"),
     ]
     return Section(f"study-{study.name}", study.title, join(body))
-
-
-def config(run: RunData) -> Section:
-    """Every key of the config; the page's program filters them."""
-    default, rows = config_lib.default_config(), []
-    for key, field in config_lib.FIELDS.items():
-        value, usual = config_lib.get(run.config, key), config_lib.get(default, key)
-        mark = el("strong", _value(value)) if value != usual else _value(value)
-        cells = (el("td", mark), el("td", _value(usual)), el("td", field.meaning))
-        row = (el("th", el("code", key), scope="row"), *cells)
-        rows.append(el("tr", *row, class_="differs" if value != usual else None))
-    heads = (el("th", name, scope="col") for name in ("key", "value", "default", "meaning"))
-    caption = "Config; values that differ from the default (the paper's CIFAR-10 run) are bold"
-    whole = el(
-        "table",
-        el("caption", caption),
-        el("thead", el("tr", *heads)),
-        el("tbody", *rows),
-        id="config-table",
-    )
-    controls = el(
-        "div",
-        el("label", "Filter ", el("input", type="search", id="config-filter")),
-        el(
-            "label",
-            el("input", type="checkbox", id="config-differs", checked=True),
-            " only what differs from the default",
-        ),
-        el("output", "", id="config-count", for_="config-filter config-differs"),
-        class_="controls",
-    )
-    scroll = el("div", whole, class_="scroll", tabindex=0, role="region", aria_label="Config")
-    return Section("config", "Config", join([controls, scroll]))
-
-
-def _value(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
-
-
-def provenance(run: RunData) -> Section:
-    """What the training ran with, at each of its starts."""
-    rows = []
-    for start in run.starts:
-        versions = start.get("versions") or {}
-        rows.append(
-            (
-                start.get("time", ""),
-                start.get("from_step", ""),
-                start.get("commit") or "unknown",
-                f"{start.get('devices', '')}, {start.get('hosts', '')} host(s)",
-                ", ".join(f"{name} {version}" for name, version in versions.items()),
-                el("code", start.get("command", "")),
-            )
-        )
-    columns = ("start (UTC)", "from step", "commit", "devices", "versions", "command")
-    noted = (
-        table(columns, rows, "Starts of the training", "starts")
-        if rows
-        else el(
-            "p",
-            "Starts were not noted when this run was trained; any further start of ",
-            command(f"python -m ddpm_jax.main --workdir={shlex.quote(run.shown)}"),
-            " will be.",
-        )
-    )
-    seed = el("p", f"Seed {run.config.seed}. Files: ", el("code", str(run.directory.path)))
-    return Section("provenance", "Provenance", join([seed, noted]))

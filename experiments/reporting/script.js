@@ -17,6 +17,9 @@
       this.tools = figure.querySelector(".tools");
       this.select = figure.querySelector("select");
       this.choose(0);
+      this.area.on("plotly_relayout", (changed) => {
+        if (Object.keys(changed).some((key) => key.includes("axis.range"))) this.redraw();
+      });
       if (this.select) this.select.addEventListener("change", () => this.choose(Number(this.select.value)));
     }
 
@@ -46,7 +49,7 @@
         name,
         legendgroup: name,
         showlegend: first,
-        opacity: series.faint ? 0.55 : 1,
+        opacity: series.faint ? 0.75 : 1,
         line: { color, width: series.faint ? 1.2 : 2, dash: DASHES[Math.floor(series.color / COLORS) % DASHES.length] },
         marker: { color, size: series.faint || series.x.length > FEW ? 6 : 8 },
         hovertemplate: `${series.hover ? "%{text}" : flipped ? "%{y}" : escaped(series.name)}: %{${flipped ? "x" : "y"}:.5g}<extra></extra>`,
@@ -78,9 +81,24 @@
     axis(title, log, range) {
       return {
         title: { text: escaped(title), standoff: 8 }, type: log ? "log" : undefined, range, automargin: true,
-        gridcolor: css("--grid"), linecolor: css("--strong-edge"), zerolinecolor: css("--grid"),
-        exponentformat: "power", dtick: undefined, minor: { showgrid: false }, nticks: 8,
+        ...(log ? this.decades(range) : {}), gridcolor: css("--grid"), linecolor: css("--strong-edge"), zerolinecolor: css("--grid"),
+        exponentformat: "power", nticks: 8,
       };
+    }
+
+    // Where ticks go on a logarithmic axis, by how many powers of ten it spans.
+    decades([from, to]) {
+      if (to - from < 0.8) return { tickformat: "~g" };
+      return to - from < 3 ? { dtick: "D2", tickformat: "~g" } : { dtick: Math.ceil((to - from) / 7) };
+    }
+
+    // The range of values > 0, as powers of ten, with an edge.
+    logged(values) {
+      const positive = values.filter((value) => value > 0).map(Math.log10);
+      const low = positive.reduce((a, b) => Math.min(a, b));
+      const high = positive.reduce((a, b) => Math.max(a, b));
+      const edge = 0.04 * (high - low) || 0.1;
+      return [low - edge, high + edge];
     }
 
     draw(ranges = {}) {
@@ -89,8 +107,9 @@
       const seen = new Set();
       const traces = choice.series.flatMap((series) => this.traces(series, seen));
       const categories = new Set(flipped ? choice.series.flatMap((s) => s.x) : []);
-      const value = this.axis(choice.y.title, this.log.y, flipped ? ranges.x : ranges.y);
-      const along = this.axis(flipped ? "" : this.x.title, this.log.x, flipped ? undefined : ranges.x);
+      const whole = (axis) => (this.log[axis] ? this.logged(choice.series.flatMap((s) => s[axis])) : undefined);
+      const value = this.axis(choice.y.title, this.log.y, (flipped ? ranges.x : ranges.y) || whole("y"));
+      const along = this.axis(flipped ? "" : this.x.title, this.log.x, flipped ? undefined : ranges.x || whole("x"));
       if (flipped) Object.assign(along, { type: "category", autorange: "reversed", nticks: undefined, tickmode: "linear", dtick: 1, tickfont: { size: 12 } });
       const lines = [...categories].reduce((sum, name) => sum + Math.max(2, name.split("\n").length), 0);
       const layout = {
