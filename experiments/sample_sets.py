@@ -119,7 +119,6 @@ class Space:
         """
         e = self.run.config.evaluation
         is_reference = source.split == e.reference
-        file = e.statistics if is_reference and self.extractor.name != "pixels" else ""
         return reference.load_reference(
             self.extractor,
             self._compute,
@@ -127,7 +126,7 @@ class Space:
             e.reference_count if is_reference else 0,
             e.reference_mirror and is_reference,
             e.cache_dir,
-            file,
+            e.statistics if is_reference else "",
             self._batch,
             self.study.say,
         )
