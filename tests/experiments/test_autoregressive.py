@@ -1,0 +1,440 @@
+"""Masking one coordinate a step: the bound is an autoregressive model's likelihood, exactly."""
+
+import csv
+import itertools
+import json
+import math
+import types
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+from runs_for_tests import train
+
+from ddpm_jax import keys, runs, schedules
+from ddpm_jax.config import RequestError
+from ddpm_jax.data import ArraySource
+from ddpm_jax.diffusion import Process, q_sample
+from ddpm_jax.models import UNet
+from ddpm_jax.training.checkpoints import Checkpoints
+from ddpm_jax.training.state import init_state, make_optimizer
+from experiments import autoregressive, masked_model, masking
+from experiments.masked_model import Model, make_order
+from experiments.masking import Masking
+
+D, K = 4, 3
+ORDER = np.array([2, 0, 3, 1])
+PROCESS = Masking(ORDER, K)
+EVERY = np.array(list(itertools.product(range(K), repeat=D)), np.int32)  # All 81 images.
+RNG = np.random.default_rng(0)
+WEIGHTS, BIAS = RNG.normal(size=(D * (K + 1), K)), RNG.normal(size=(D + 1, K))
+LEVELS = np.array([0, 100, 255], np.uint8)
+
+
+def toy(xp):
+    """A conditional that depends on all that is there, with NumPy or JAX."""
+
+    def logits(x_t, t):
+        known = (x_t[..., None] == np.arange(K + 1)).reshape(len(x_t), -1)
+        return 2 * xp.sin(known.astype(WEIGHTS.dtype) @ xp.asarray(WEIGHTS) + xp.asarray(BIAS)[t])
+
+    return logits
+
+
+def by_hand(image, logits, order=ORDER, levels=K):
+    """log p(x^i | x^{>i}) of one image, i = 1..T first to last, in loops."""
+    found = []
+    for i in range(1, len(order) + 1):
+        context = np.full((1, len(order)), levels)
+        for later in order[i:]:
+            context[0, later] = image[later]
+        row = np.asarray(logits(context, np.array([i])), np.float64)[0]
+        row = row - row.max()
+        found.append(row[image[order[i - 1]]] - math.log(sum(math.exp(v) for v in row)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """Of all 81 images, by hand in float64: [81, T]."""
+    return np.array([by_hand(image, toy(np)) for image in EVERY])
+
+
+@pytest.fixture(scope="module")
+def unet():
+    """A U-Net over 2×2 images of three levels, away from its nearly uniform start."""
+    network = UNet(8, (1,), 1, (), out_channels=K, norm_groups=4)
+    make = jax.jit(lambda: init_state(network, make_optimizer(settings()), (2, 2, 2), 0).params)
+    params = jax.tree.map(
+        lambda x: x + 0.3 * jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape), make()
+    )
+    return Model(PROCESS, LEVELS, network, (2, 2, 1)), params
+
+
+def settings(**changes):
+    values = {
+        "timesteps": "stratified",
+        "batch_size": D,
+        "learning_rate": 1e-2,
+        "warmup_steps": 0,
+        "clip_norm": 1.0,
+        "ema_decay": 0.9,
+        "ema_ramp": False,
+    }
+    return ml_collections.ConfigDict(values | changes)
+
+
+def test_the_forward_process_blanks_one_coordinate_a_step():
+    x0 = EVERY[50:51]
+    before = masking.q_sample(PROCESS, x0, jnp.array([0]))
+    np.testing.assert_array_equal(before, x0)
+    for t in range(1, D + 1):
+        after = np.asarray(masking.q_sample(PROCESS, x0, jnp.array([t])))
+        changed = np.flatnonzero(after != np.asarray(before))
+        assert changed.tolist() == [ORDER[t - 1]] and after[0, ORDER[t - 1]] == K
+        before = after
+    assert (before == K).all()
+    with pytest.raises(ValueError, match="each of"):
+        Masking(np.array([0, 1, 1, 3]), K)
+
+
+def test_the_bound_is_the_log_likelihood_by_the_chain_rule_and_both_are_right(exact):
+    with jax.enable_x64(True):
+        bound = masking.bound_terms(PROCESS, toy(jnp), jnp.asarray(EVERY))
+        chain = masking.chain_rule(PROCESS, toy(jnp), jnp.asarray(EVERY))
+        assert bound.dtype == chain.dtype == np.float64
+    np.testing.assert_allclose(bound[:, :-1], -exact, rtol=1e-12)
+    np.testing.assert_allclose(chain, exact, rtol=1e-12)
+    assert (np.asarray(bound[:, -1]) == 0).all()
+    # A distribution over all images.
+    np.testing.assert_allclose(np.exp(-np.asarray(bound).sum(axis=1)).sum(), 1, rtol=1e-12)
+
+
+def test_a_network_s_bound_is_normalised_and_its_chain_rule(unet):
+    model, params = unet
+    bound, chain = jax.jit(
+        lambda x: (
+            masking.bound_terms(PROCESS, model.conditional(params), x),
+            masking.chain_rule(PROCESS, model.conditional(params), x),
+        )
+    )(EVERY)
+    np.testing.assert_allclose(bound[:, :-1], -np.asarray(chain), rtol=1e-5, atol=1e-6)
+    p = np.exp(-np.asarray(bound, np.float64).sum(axis=1))
+    assert p.max() > 3 * p.min()
+    np.testing.assert_allclose(p.sum(), 1, rtol=1e-6)
+    hand = [by_hand(image, jax.jit(model.conditional(params))) for image in EVERY[::16]]
+    np.testing.assert_allclose(chain[::16], hand, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_copied_costs_exactly_nothing_and_the_rest_is_its_cross_entropy(exact):
+    for t in range(1, D + 1):
+        kl = masking.kl_of_coordinates(PROCESS, toy(jnp), jnp.asarray(EVERY), jnp.full(81, t))
+        kl = np.asarray(kl)
+        np.testing.assert_allclose(kl[:, ORDER[t - 1]], -exact[:, t - 1], rtol=1e-5)
+        assert (np.delete(kl, ORDER[t - 1], axis=1) == 0).all()
+
+
+def test_the_kl_is_that_of_any_categorical_distributions():
+    q, p = RNG.dirichlet(np.ones(5), (2, 7))
+    q[0], p[1] = [1, 0, 0, 0, 0], [0.5, 0, 0.5, 0, 0]
+    with np.errstate(divide="ignore"):
+        got = masking.categorical_kl(jnp.log(jnp.asarray(q)), jnp.log(jnp.asarray(p)))
+    np.testing.assert_allclose(got, scipy.special.rel_entr(q, p).sum(axis=1), rtol=1e-4)
+    assert np.isinf(got[1])
+
+
+def test_the_training_loss_averages_to_the_bound_over_every_t(unet):
+    """Stratified, a batch of T has each t once: an average without chance. Its gradient too."""
+    model, params = unet
+    config = ml_collections.ConfigDict(
+        {"train": settings(), "data": {"flip": False}, "seed": 3, "parallel": {"microbatches": 1}}
+    )
+    task = masked_model.make_task(config, model)
+    image = model.decode(EVERY[70:71])
+
+    def mean_loss(params):
+        images = jnp.asarray(np.repeat(image, D, axis=0))
+        loss, t = masked_model.losses(model, task, params, images, jnp.arange(D), 5)
+        return loss.mean(), t
+
+    def bound(params):
+        terms = masking.bound_terms(PROCESS, model.conditional(params), jnp.asarray(EVERY[70:71]))
+        return terms.sum() / math.log(2) / D
+
+    (loss, t), gradient = jax.jit(jax.value_and_grad(mean_loss, has_aux=True))(params)
+    assert np.asarray(t).tolist() == [1, 2, 3, 4]
+    want, want_gradient = jax.jit(jax.value_and_grad(bound))(params)
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(want_gradient), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_mirrored_images_are_trained_on_where_the_run_mirrors_them(unet):
+    model, params = unet
+    config = {"train": settings(), "data": {"flip": True}, "seed": 3}
+    config = ml_collections.ConfigDict(config | {"parallel": {"microbatches": 1}})
+    task, index = masked_model.make_task(config, model), jnp.arange(D)
+    images = jnp.asarray(np.repeat(model.decode(np.array([[0, 2, 1, 0]])), D, axis=0))
+    got, t = masked_model.losses(model, task, params, images, index, 5)
+    flip = [bool(jax.random.bernoulli(k)) for k in keys.example_keys(3, "flip", 5, index)]
+    assert 0 < sum(flip) < D
+    seen = [[2, 0, 0, 1] if mirrored else [0, 2, 1, 0] for mirrored in flip]
+    want = [
+        -by_hand(np.array(x), model.conditional(params))[k - 1] / math.log(2)
+        for x, k in zip(seen, np.asarray(t), strict=True)
+    ]
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+def test_samples_follow_the_model_s_distribution(exact):
+    n = 20_000
+    sample_keys = keys.example_keys(1, "sample", 0, jnp.arange(n))
+    drawn = np.asarray(jax.jit(lambda k: masking.sample(PROCESS, toy(jnp), k))(sample_keys))
+    counts = np.bincount(drawn @ K ** np.arange(D)[::-1], minlength=81)
+    expected = n * np.exp(exact.sum(axis=1))
+    rare = expected < 5
+    observed = np.append(counts[~rare], counts[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    assert scipy.stats.chisquare(observed, expected).pvalue > 1e-3
+
+
+def test_every_reverse_step_copies_what_is_there_and_fills_one_coordinate():
+    sample_keys = keys.example_keys(2, "sample", 0, jnp.arange(50))
+    final = masking.sample(PROCESS, toy(jnp), sample_keys)
+    x_t = jnp.full((50, D), K, jnp.int32)
+    for t in range(D, 0, -1):
+        np.testing.assert_array_equal(x_t, masking.q_sample(PROCESS, final, jnp.full(50, t)))
+        logits = toy(jnp)(x_t, jnp.full(50, t))
+        after = masking.ancestral_step(PROCESS, logits, x_t, jnp.full(50, t), sample_keys)
+        assert (after != x_t).sum() == 50 and (after[:, ORDER[t - 1]] < K).all()
+        x_t = after
+    np.testing.assert_array_equal(x_t, final)
+    assert len(np.unique(np.asarray(final), axis=0)) > 10
+
+
+def test_orders():
+    raster = make_order("raster", 0, 6)
+    assert raster.tolist() == [5, 4, 3, 2, 1, 0]  # The first coordinate is the last one blanked.
+    one, same, other = (make_order("random", seed, 64) for seed in (0, 0, 1))
+    assert (one == same).all() and (one != other).any()
+    assert sorted(one) == list(range(64)) and one.tolist() not in ([*range(64)], [*range(64)][::-1])
+
+
+class Labels:
+    """A network whose outputs say where they are and what it was shown."""
+
+    def __init__(self):
+        self.seen = []
+
+    def apply(self, variables, x, t, dropout_keys):
+        self.seen.append((np.asarray(x), np.asarray(t)))
+        batch, h, w, c = x.shape
+        out = np.arange(h * w * (c // 2) * K).reshape(h, w, c // 2 * K)
+        return jnp.broadcast_to(jnp.asarray(out, jnp.float32), (batch, *out.shape))
+
+
+def test_the_network_is_shown_what_is_known_and_read_at_the_coordinate_s_place():
+    shape, network = (2, 3, 2), Labels()
+    order = np.random.default_rng(1).permutation(12)
+    model = Model(Masking(order, K), LEVELS, network, shape)
+    images = LEVELS[np.random.default_rng(2).integers(0, K, (12, *shape))]
+    x0 = model.encode(jnp.asarray(images))
+    np.testing.assert_array_equal(model.decode(np.asarray(x0)), images)
+    times = np.arange(1, 13)
+    x_t = masking.q_sample(model.masking, x0, jnp.asarray(times))
+    logits = model.conditional(None)(x_t, jnp.asarray(times))
+    (x, t), *_ = network.seen
+    np.testing.assert_array_equal(t, times)
+    for n, step in enumerate(times):
+        row, column, channel = np.unravel_index(order[step - 1], shape)
+        place = ((row * 3 + column) * 2 + channel) * K
+        np.testing.assert_array_equal(logits[n], place + np.arange(K))
+        known = np.ones(12)
+        known[order[:step]] = 0
+        known = known.reshape(shape)
+        np.testing.assert_array_equal(x[n, ..., 2:], known)
+        np.testing.assert_allclose(x[n, ..., :2], known * (images[n] / 127.5 - 1), atol=1e-6)
+
+
+def test_histograms_of_each_coordinate_alone():
+    model = Model(PROCESS, LEVELS, None, (2, 2, 1))
+    training = ArraySource("toy", "train", LEVELS[RNG.integers(0, 2, (9, 2, 2, 1))])
+    images = LEVELS[RNG.integers(0, K, (5, 2, 2, 1))]
+    got = autoregressive.histogram_bits(model, training, images)
+    for n, d in itertools.product(range(5), range(4)):
+        same = training.images(np.arange(9)).reshape(9, 4)[:, d] == images.reshape(5, 4)[n, d]
+        assert got[n, d] == pytest.approx(-math.log2((same.sum() + 1) / (9 + K)))
+
+
+def test_the_gaussian_decoder_on_the_levels_alone():
+    process = Process(schedules.linear(10, 0.01, 0.3), "eps", "fixed_small")
+    evaluation = {"steps": 0, "clip": True, "batch_size": 4}
+    config = ml_collections.ConfigDict({"evaluation": evaluation, "seed": 4})
+    run = types.SimpleNamespace(
+        config=config, process=process, params=None, apply=lambda _, x, t: 0.3 * x
+    )
+    images = LEVELS[RNG.integers(0, K, (6, 2, 2, 1))]
+    positions = np.array([3, 5, 6, 10, 11, 20])
+    setup = types.SimpleNamespace(
+        model=Model(PROCESS, LEVELS, None, (2, 2, 1)), positions=positions
+    )
+    got = autoregressive.bits_saved(types.SimpleNamespace(run=run), setup, images)
+
+    noise = keys.normal(keys.example_keys(4, "bound", 0, jnp.asarray(positions)), 1, (2, 2, 1))
+    x0 = jnp.asarray(images / 127.5 - 1, jnp.float32)
+    x_1 = np.asarray(q_sample(process.schedule, x0, jnp.ones(6, int), noise), np.float64)
+    beta = np.linspace(0.01, 0.3, 10)
+    alpha_bar = np.cumprod(1 - beta)
+    x0_hat = (x_1 - np.sqrt(1 - alpha_bar[0]) * 0.3 * x_1) / np.sqrt(alpha_bar[0])
+    mean = np.clip(x0_hat, -1, 1)  # At t = 1 the posterior's mean is x̂_0.
+    sigma = np.sqrt((1 - alpha_bar[0]) / (1 - alpha_bar[1]) * beta[1])  # β̃_2.
+    edges = LEVELS / 127.5 - 1
+    above = np.where(edges == 1, np.inf, edges + 1 / 255)
+    below = np.where(edges == -1, -np.inf, edges - 1 / 255)
+    cdf = lambda x: scipy.stats.norm.cdf((x - mean[..., None]) / sigma)  # noqa: E731
+    mass = (cdf(above) - cdf(below)).sum(axis=-1)
+    np.testing.assert_allclose(got, -np.log2(mass).mean(axis=(1, 2, 3)), rtol=1e-3)
+
+
+def test_a_level_that_the_training_split_lacks_is_refused():
+    source = ArraySource("toy", "test", np.array([[0, 100], [37, 255]], np.uint8)[None, ..., None])
+    with pytest.raises(RequestError, match="level 37 occurs in toy/test but not in the training"):
+        masked_model.check_levels(source.images(np.arange(1)), LEVELS, source)
+    masked_model.check_levels(np.array([0, 255], np.uint8), LEVELS, source)
+    config = ml_collections.ConfigDict({"data": {"resident_bytes": 100}})
+    assert masked_model.occurring_levels(source, config).tolist() == [0, 37, 100, 255]
+    config.data.resident_bytes = 3
+    assert len(masked_model.occurring_levels(source, config)) == 256
+
+
+# Whole runs.
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A tiny trained run, whose figure has been made: its directory, and the lines printed."""
+    workdir = tmp_path_factory.mktemp("runs") / "tiny"
+    assert train(workdir) == 0
+    return workdir
+
+
+def figure(run, *flags):
+    return autoregressive.main([f"--run={run}", "--images=5", *flags])
+
+
+def state_of(run, step):
+    """The leaves of a checkpoint of the run's only autoregressive model, and of the model."""
+    (path,) = (run / "autoregressive").iterdir()
+    manager = Checkpoints(path / "checkpoints")
+    config = runs.RunDirectory.of(run).load_config()
+    network = runs.make_model(config).clone(out_channels=17)
+    abstract = jax.eval_shape(
+        lambda: init_state(network, make_optimizer(config.train), (8, 8, 2), config.seed)
+    )
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract
+    )
+    state, at, _ = manager.restore(abstract, step)
+    manager.close()
+    assert at == step
+    return network, state
+
+
+def test_the_figure_and_its_numbers_by_hand(run, capsys):
+    assert figure(run, "--steps=5") == 0
+    printed = capsys.readouterr().out
+    assert "training for 5 steps" in printed and "agree on 5 images of digits/test" in printed
+    figures = run / "figures"
+    assert (figures / "autoregressive.png").read_bytes().startswith(b"\x89PNG")
+    content = json.loads((figures / "autoregressive.json").read_text())
+    assert content["protocol"]["steps"] == 5 and content["protocol"]["images"] == 5
+    rows = list(csv.DictReader((figures / "autoregressive.csv").open()))
+    assert [int(row["t"]) for row in rows] == list(range(64, 0, -1))
+
+    # The bits of the pixels in reading order, from the network's logits, in loops.
+    source = autoregressive.open_source(runs.RunDirectory.of(run).load_config(), "test")
+    images = source.images(np.arange(5) * len(source) // 5)
+    levels = np.rint(np.arange(17) * 255 / 16).astype(np.uint8)
+    network, state = state_of(run, 5)
+    apply = jax.jit(lambda x, t: network.apply({"params": state.ema_params}, x, t))
+    for pixel in (0, 1, 19, 36, 63):
+        known = (np.arange(64) < pixel).reshape(8, 8, 1)
+        x = np.where(known, images / 127.5 - 1, 0)
+        x = np.concatenate([x, np.broadcast_to(known, x.shape)], axis=-1).astype(np.float32)
+        logits = np.asarray(apply(x, jnp.full(5, 64 - pixel)), np.float64)
+        logits = logits[:, pixel // 8, pixel % 8]
+        log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        value = np.searchsorted(levels, images[:, pixel // 8, pixel % 8, 0])
+        bits = -log_p[np.arange(5), value] / math.log(2)
+        row = rows[pixel]
+        assert (int(row["row"]), int(row["column"])) == (pixel // 8, pixel % 8)
+        assert float(row["bits"]) == pytest.approx(bits.mean(), rel=1e-4)
+        assert float(row["bits_error"]) == pytest.approx(bits.std(ddof=1) / 5**0.5, rel=1e-2)
+
+    # Again: nothing is trained or measured.
+    assert figure(run, "--steps=5") == 0
+    printed = capsys.readouterr().out
+    assert "training" not in printed and printed.count("computed before") == 2
+
+
+def test_more_steps_go_on_and_an_interruption_too_to_the_bit(run, tmp_path, monkeypatch, capsys):
+    import shutil
+
+    for name in ("one", "cut"):
+        shutil.copytree(run, tmp_path / name, ignore=shutil.ignore_patterns("autoregressive"))
+    assert figure(tmp_path / "one", "--steps=10") == 0
+    flags = (tmp_path / "cut", "--order=raster")
+    answers = iter([False, False, True])
+    with monkeypatch.context() as patch:
+        patch.setattr(masked_model.Watch, "asked", lambda self: next(answers))
+        assert figure(*flags, "--steps=10") == 75
+    assert "stopped at step 3" in capsys.readouterr().err
+    assert figure(*flags, "--steps=7") == 0
+    assert figure(*flags, "--steps=10") == 0
+    _, whole = state_of(tmp_path / "one", 10)
+    _, cut = state_of(tmp_path / "cut", 10)
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(cut), strict=True):
+        np.testing.assert_array_equal(one, other)
+    lines = [
+        (next((path / "autoregressive").iterdir()) / "metrics.jsonl").read_text()
+        for path in (tmp_path / "one", tmp_path / "cut")
+    ]
+    assert lines[0] == lines[1] and len(lines[0].splitlines()) == 2
+    assert figure(*flags, "--steps=5") == 2
+    assert "has been trained for 10 steps; choose --steps=10 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--steps=3", "--config.train.steps_per_call=2"],
+            "--steps=3: must be a positive multiple",
+        ),
+        (["--steps=0"], "--steps=0: must be a positive multiple of train.steps_per_call=1"),
+        (["--images=-1"], "--images=-1: must be 0, for all of them, or more"),
+        (["--order=hilbert"], "--order"),
+        (["--split=nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_requests_are_refused_in_a_line_before_any_work(run, flags, message, capsys):
+    assert figure(run, *flags) == 2
+    out = capsys.readouterr()
+    assert message in out.err and len(out.err.splitlines()) == 1 and not out.out
+
+
+def test_nothing_is_published_where_the_two_differ(run, tmp_path, monkeypatch):
+    import shutil
+
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("figures"))
+    right = masking.chain_rule
+    wrong = lambda *arguments: right(*arguments) * 1.001  # noqa: E731
+    monkeypatch.setattr(masking, "chain_rule", wrong)
+    with pytest.raises(ArithmeticError, match="the bound and the chain rule differ by"):
+        figure(tmp_path / "run", "--steps=5", "--order=random")
+    assert not (tmp_path / "run" / "figures").exists()
