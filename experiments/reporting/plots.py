@@ -133,7 +133,7 @@ class Plot:
                 class_="bar",
             ),
             el("div", class_="area", role="img", aria_label=f"{self.title}. {self.alt}"),
-            el("figcaption", self.note) if self.note else None,
+            el("p", self.note, class_="note") if self.note else None,
             *tables,
             json_script(self.spec(), "spec"),
             class_="plot",

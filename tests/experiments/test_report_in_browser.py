@@ -1,0 +1,179 @@
+"""The report in a real browser: it draws, moves, fits a phone, and asks the network for nothing."""
+
+import pathlib
+import shutil
+
+import pytest
+import report_data as made
+
+from experiments import report
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+# Plots are there when their data have become curves.
+DRAWN = "[...document.querySelectorAll('.area')].every(a => a.querySelector('.scatterlayer path'))"
+DARK, LIGHT = "rgb(18, 21, 27)", "rgb(246, 247, 249)"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        path = next(filter(None, map(shutil.which, BROWSERS)), None)
+        if path is None and not pathlib.Path(playwright.chromium.executable_path).exists():
+            pytest.skip("no chromium here")
+        running = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    root = tmp_path_factory.mktemp("reports")
+    run = made.full_run(root / "a run").path
+    sweep = made.make_sweep(root / "sweep")
+    assert report.main([f"--run={run}"]) == report.main([f"--sweep={sweep}"]) == 0
+    return {"run": run / "report.html", "sweep": sweep / "report.html"}
+
+
+@pytest.fixture
+def visit(browser, pages):
+    """A page of the report, by name; at the end, that nothing was complained of or asked for."""
+    contexts, noise = [], []
+
+    def at(name, width=1200, scheme="light", **more):
+        context = browser.new_context(
+            viewport={"width": width, "height": 800}, color_scheme=scheme, **more
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(30_000)
+        page.on("console", lambda message: noise.append(message.text))
+        page.on("pageerror", lambda error: noise.append(str(error)))
+
+        def routed(route):
+            url = route.request.url
+            if url.startswith("file://") and url.endswith("report.html"):
+                return route.continue_()
+            noise.append(f"asked for {url[:80]}")
+            return route.abort()
+
+        context.route(lambda url: not url.startswith("data:"), routed)
+        page.goto(pages[name].as_uri())
+        page.wait_for_selector(".area .scatterlayer path")
+        assert page.evaluate(DRAWN)
+        return page
+
+    yield at
+    for context in contexts:
+        context.close()
+    assert noise == []
+
+
+def background(page):
+    return page.evaluate("getComputedStyle(document.body).backgroundColor")
+
+
+@pytest.mark.parametrize("name", ["run", "sweep"])
+def test_every_picture_loads_and_no_name_becomes_markup(visit, name):
+    page = visit(name)
+    widths = page.eval_on_selector_all("img", "all => all.map(i => i.complete && i.naturalWidth)")
+    assert len(widths) > 2
+    assert all(widths)
+    assert page.title() not in ("", "1")
+
+
+@pytest.mark.parametrize("name", ["run", "sweep"])
+def test_a_phone_shows_it_without_scrolling_sideways(visit, name):
+    page = visit(name, width=360, has_touch=True, is_mobile=True)
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    assert page.evaluate("innerWidth") == 360
+    plot = page.locator(".area").first.bounding_box()
+    assert plot["width"] > 280
+    assert plot["height"] > 250
+
+
+def test_the_slider_changes_the_picture_by_mouse_and_by_keys(visit):
+    page = visit("run")
+    image, output = page.locator("#x0-path img"), page.locator("#x0-path output")
+    slider = page.locator("#x0-path input")
+    seen = [image.get_attribute("src")]
+    assert output.text_content() == "t = 10"
+    slider.scroll_into_view_if_needed()
+    box = slider.bounding_box()
+    page.mouse.click(box["x"] + box["width"] - 4, box["y"] + box["height"] / 2)
+    seen.append(image.get_attribute("src"))
+    assert (output.text_content(), slider.get_attribute("aria-valuetext")) == ("t = 0", "t = 0")
+    page.keyboard.press("ArrowLeft")
+    seen.append(image.get_attribute("src"))
+    assert output.text_content() == "t = 5"
+    assert image.get_attribute("alt").endswith("t = 5")
+    assert len(set(seen)) == 3
+    page.locator("#x0-path .play").click()
+    page.wait_for_selector("#x0-path img[alt$='t = 0']")
+    assert image.get_attribute("src") == seen[1]
+
+
+def test_tab_alone_reaches_everything_that_can_be_set(visit):
+    page = visit("run")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
+    page.keyboard.press("Enter")
+    wanted = {"training-samples-range", "x0-path-range", "config-filter", "config-differs"}
+    for _ in range(120):
+        page.keyboard.press("Tab")
+        focus = "document.activeElement"
+        wanted.discard(page.evaluate(f"{focus}.id"))
+        style = page.evaluate(f"getComputedStyle({focus}).outlineStyle")
+        assert style != "none" or page.evaluate(f"{focus} === document.body")
+        if not wanted:
+            return
+    raise AssertionError(f"never reached: {wanted}")
+
+
+def test_plots_zoom_and_change_axes_by_keys(visit):
+    page = visit("run")
+    area = "document.querySelector('#loss .area').layout"
+    tools = page.locator("#loss .tools button")
+    whole = page.evaluate(f"{area}.xaxis.range")
+    tools.first.focus()
+    page.keyboard.press("Enter")
+    near = page.evaluate(f"{area}.xaxis.range")
+    assert near[1] - near[0] == pytest.approx((whole[1] - whole[0]) / 2)
+    assert page.locator("#live").text_content().startswith("From")
+    for _ in range(10):  # One stop of Tab: arrows go on from button to button.
+        page.keyboard.press("ArrowRight")
+    assert page.evaluate("document.activeElement.textContent") == "log y"
+    assert page.evaluate(f"{area}.yaxis.type") == "log"
+    page.keyboard.press("Space")
+    assert page.evaluate(f"{area}.yaxis.type") != "log"
+    assert tools.last.get_attribute("aria-pressed") == "false"
+
+
+def test_the_theme_is_the_systems_until_chosen_and_plots_follow(visit):
+    page = visit("run", scheme="dark")
+    color = "document.querySelector('#loss .area').layout.font.color"
+    assert background(page) == DARK
+    dark = page.evaluate(color)
+    page.locator("#theme").click()
+    assert background(page) == LIGHT
+    assert page.evaluate(color) != dark
+    page.reload()
+    assert background(page) == LIGHT
+    page.locator("#theme").click()
+    assert (background(page), page.evaluate(color)) == (DARK, dark)
+
+
+def test_another_result_is_chosen_and_the_config_filtered(visit):
+    sweep = visit("sweep")
+    title = "document.querySelector('#by-cell .area').layout.xaxis.title.text"
+    assert sweep.evaluate(title) == "fd_pixels_500"
+    sweep.locator("#by-cell-choice").select_option("outside")
+    assert sweep.evaluate(title) == "outside"
+    run = visit("run")
+    shown = run.locator("#config-table tbody tr:visible")
+    assert shown.count() == 3
+    run.locator("#config-differs").uncheck()
+    assert shown.count() > 50
+    run.locator("#config-filter").fill("learning rate RISES")
+    assert [text.split()[0] for text in shown.all_inner_texts()] == ["train.warmup_steps"]
