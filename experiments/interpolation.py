@@ -116,11 +116,11 @@ def choose_process(run: Run) -> tuple[Process, str]:
 def choose_pairs(source: Source, count: int) -> np.ndarray:
     """Positions int64 [count, 2], no image twice, those of a pair of different classes.
 
-    The pairs are spread evenly over the set. Where a pair is of one class, its second image is the
-    next one after it that is free and of another. A set of one class alone has none.
+    The pairs are spread evenly over the set. Where a pair would be of one class, its second image
+    is the next one that is free and of another. A set of a single class counts as one without.
 
     Raises:
-      RequestError: there are not so many pairs.
+      RequestError: too few images, or no such image is left.
     """
     n = len(source)
     if count < 1:
@@ -134,13 +134,13 @@ def choose_pairs(source: Source, count: int) -> np.ndarray:
     if labels is None or len(np.unique(labels)) < 2:
         return pairs
     for k, (first, second) in enumerate(pairs):
-        taken = np.delete(pairs, 2 * k + 1)
-        candidates = (second + np.arange(n)) % n
-        free = candidates[(labels[candidates] != labels[first]) & ~np.isin(candidates, taken)]
+        taken = [*pairs[:, 0], *pairs[:k, 1]]
+        after = (second + np.arange(n)) % n
+        free = after[(labels[after] != labels[first]) & ~np.isin(after, taken)]
         if not len(free):
             raise RequestError(
-                f"--pairs={count}: {source.name}/{source.split} has not so many pairs of images of "
-                "different classes"
+                f"--pairs={count}: {source.name}/{source.split} has no image left of another class "
+                f"than image {first}'s; choose fewer"
             )
         pairs[k, 1] = free[0]
     return pairs
