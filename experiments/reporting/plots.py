@@ -148,10 +148,21 @@ def text(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, (float, np.floating)) else str(value)
 
 
-def curve(records: Sequence[dict[str, Any]], key: str, name: str = "", **more: Any) -> Series:
-    """A key of metrics.jsonl over the step, with `key_error` as its error where that is there."""
+def curve(
+    records: Sequence[dict[str, Any]],
+    key: str,
+    name: str = "",
+    most: int = MOST_POINTS,
+    **more: Any,
+) -> Series:
+    """A key of metrics.jsonl over the step, with `key_error` as its error where that is there.
+
+    Args:
+      most: points, see `thinned`.
+      more: further fields of the series.
+    """
     points = [r for r in records if isinstance(r.get(key), (int, float))]
-    kept = thinned([r[key] for r in points])
+    kept = thinned([r[key] for r in points], most)
     points = [points[k] for k in kept]
     errors = [r.get(f"{key}_error") for r in points]
     return Series(

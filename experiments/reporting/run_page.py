@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 from collections.abc import Sequence
 
@@ -148,7 +149,8 @@ def training(run: RunData) -> Section:
         title = key.replace("_", " ").capitalize()
         last = next(r[key] for r in reversed(lines) if key in r)
         choice = Choice(key, Axis(""), [curve(lines, key)])
-        figures.append(Plot(f"training-{key}", title, f"It ends at {last:.4g}.", step, [choice]))
+        name = "training-" + re.sub(r"\W+", "-", key)
+        figures.append(Plot(name, title, f"It ends at {last:.4g}.", step, [choice]))
     found = [el("div", *(p.html() for p in figures), class_="plots")]
     evaluated = [r for r in run.records if "loss" not in r]
     keys = dict.fromkeys(k for r in evaluated for k in r if k != "step" and k[-6:] != "_error")

@@ -82,7 +82,7 @@
       return {
         title: { text: escaped(title), standoff: 8 }, type: log ? "log" : undefined, range, automargin: true,
         ...(log ? this.decades(range) : {}), gridcolor: css("--grid"), linecolor: css("--strong-edge"), zerolinecolor: css("--grid"),
-        exponentformat: "power", nticks: 8,
+        exponentformat: "power", nticks: innerWidth < 500 ? 5 : 8,
       };
     }
 

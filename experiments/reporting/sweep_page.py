@@ -15,7 +15,7 @@ from ddpm_jax.config import RequestError
 from ddpm_jax.runs import RunDirectory
 from ddpm_jax.training import metrics
 from experiments.reporting.html import Html, data, el, join, picture, table
-from experiments.reporting.plots import Axis, Choice, Plot, Series, curve
+from experiments.reporting.plots import MOST_POINTS, Axis, Choice, Plot, Series, curve
 from experiments.reporting.reading import Table, read_csv, read_grids, read_png
 from experiments.reporting.run_page import Missing, Page, Section
 
@@ -225,14 +225,16 @@ def curves(sweep: SweepData) -> Section | Missing:
     everything = [r for run in sweep.runs for r in run.records]
     keys = [k for k in dict.fromkeys(k for r in everything for k in r) if k != "step"]
     keys = [k for k in keys if not k.endswith("_error") and k != "images_per_second"]
-    choices = []
+    choices, most = [], max(100, MOST_POINTS * 4 // len(sweep.runs))
     for key in sorted(keys, key=lambda k: not k.startswith("loss")):
         series = []
         for run in sweep.runs:
             if any(key in r for r in run.records):
                 name, color = f"{run.cell}, seed {run.seed}", sweep.cells.index(run.cell)
                 kind = "both" if f"{key}_error" in {k for r in run.records for k in r} else "line"
-                series.append(curve(run.records, key, name, color=color, group=run.cell, kind=kind))
+                series.append(
+                    curve(run.records, key, name, most, color=color, group=run.cell, kind=kind)
+                )
         log = key.startswith("loss") and all(y > 0 for s in series for y in s.y)
         choices.append(Choice(key, Axis(key, log), series))
     if not choices:

@@ -79,8 +79,9 @@ def pixels(uri):
 
 def test_curves_are_those_of_the_metrics(whole):
     (choice,) = whole[1].plot("loss")["choices"]
-    assert choice["series"][0]["x"] == list(made.STEPS)
-    assert choice["series"][0]["y"] == pytest.approx([1 / s for s in made.STEPS], rel=1e-5)
+    assert choice["series"][0]["x"] == [*made.STEPS, 40]
+    assert choice["series"][0]["y"] == pytest.approx([1 / 10, 1 / 20, 1 / 30, 0.01], rel=1e-5)
+    assert made.HOSTILE in {spec["choices"][0]["label"] for spec in whole[1].json("spec")}
     (evaluated,) = whole[1].plot("evaluated")["choices"]
     (series,) = evaluated["series"]
     assert (series["x"], series["y"], series["error"]) == ([30], [4.0], [0.5])
@@ -276,6 +277,7 @@ def test_a_sweep_shows_seeds_and_their_means_and_links_to_reports(tmp_path):
     seeds, means = choice["series"]
     assert seeds["y"] == [1.0, 2.0]
     assert means["x"] == [label("eps-simple"), label("mu-vlb-learned")]
+    assert (means["y"], means["error"]) == ([1.0, 2.0], [None, None])
     assert [c["label"] for c in page.plot("by-cell")["choices"]] == [
         "fd_pixels_500",
         "outside",
@@ -312,6 +314,7 @@ def test_json_has_null_for_what_is_no_number():
 def test_a_long_curve_keeps_its_ends_and_its_spikes():
     values = np.sin(np.arange(100_000) / 1000)
     values[54_321], values[12_345], values[7] = 50, -50, np.nan
+    values[:3], values[-3:] = (0, 9, -9), (9, -9, 0)  # The ends are no extremes.
     kept = thinned(values.tolist(), most=500)
     assert len(kept) <= 500
     assert {0, 54_321, 12_345, 99_999} <= {*kept}
