@@ -1,9 +1,11 @@
 """Masking one coordinate a step: the bound is an autoregressive model's likelihood, exactly."""
 
+import argparse
 import csv
 import itertools
 import json
 import math
+import shutil
 import types
 
 import jax
@@ -19,10 +21,13 @@ from ddpm_jax import keys, runs, schedules
 from ddpm_jax.config import RequestError
 from ddpm_jax.data import ArraySource
 from ddpm_jax.diffusion import Process, q_sample
+from ddpm_jax.interruption import Interrupted
 from ddpm_jax.models import UNet
-from ddpm_jax.training.checkpoints import Checkpoints
+from ddpm_jax.parallel import make_layout
+from ddpm_jax.training.metrics import NonFiniteError
 from ddpm_jax.training.state import init_state, make_optimizer
 from experiments import autoregressive, masked_model, masking
+from experiments.common import Study
 from experiments.masked_model import Model, make_order
 from experiments.masking import Masking
 
@@ -40,7 +45,7 @@ def toy(xp):
 
     def logits(x_t, t):
         known = (x_t[..., None] == np.arange(K + 1)).reshape(len(x_t), -1)
-        return 2 * xp.sin(known.astype(WEIGHTS.dtype) @ xp.asarray(WEIGHTS) + xp.asarray(BIAS)[t])
+        return 2 * xp.sin(known @ xp.asarray(WEIGHTS) + xp.asarray(BIAS)[t])
 
     return logits
 
@@ -147,44 +152,49 @@ def test_the_kl_is_that_of_any_categorical_distributions():
     assert np.isinf(got[1])
 
 
-def test_the_training_loss_averages_to_the_bound_over_every_t(unet):
-    """Stratified, a batch of T has each t once: an average without chance. Its gradient too."""
-    model, params = unet
-    config = ml_collections.ConfigDict(
-        {"train": settings(), "data": {"flip": False}, "seed": 3, "parallel": {"microbatches": 1}}
-    )
+def task_of(model, flip):
+    config = {"train": settings(), "data": {"flip": flip}, "seed": 3}
+    config = ml_collections.ConfigDict(config | {"parallel": {"microbatches": 1}})
     task = masked_model.make_task(config, model)
-    image = model.decode(EVERY[70:71])
+    return jax.jit(
+        lambda params, images: masked_model.losses(model, task, params, images, jnp.arange(D), 5)
+    )
 
-    def mean_loss(params):
-        images = jnp.asarray(np.repeat(image, D, axis=0))
-        loss, t = masked_model.losses(model, task, params, images, jnp.arange(D), 5)
-        return loss.mean(), t
 
-    def bound(params):
-        terms = masking.bound_terms(PROCESS, model.conditional(params), jnp.asarray(EVERY[70:71]))
-        return terms.sum() / math.log(2) / D
+def test_the_training_loss_averages_to_the_bound_over_every_t(unet):
+    """Stratified, a batch of T has each t once: an average without chance."""
+    model, params = unet
+    conditional = jax.jit(model.conditional(params))
+    losses = task_of(model, flip=False)
+    for image in EVERY[[7, 70]]:
+        batch = jnp.asarray(np.repeat(model.decode(image[None]), D, axis=0))
+        loss, t = losses(params, batch)
+        assert np.asarray(t).tolist() == [1, 2, 3, 4]
+        bound = -sum(by_hand(image, conditional)) / math.log(2) / D  # Bits/dim.
+        np.testing.assert_allclose(np.mean(loss), bound, rtol=1e-5)
 
-    (loss, t), gradient = jax.jit(jax.value_and_grad(mean_loss, has_aux=True))(params)
-    assert np.asarray(t).tolist() == [1, 2, 3, 4]
-    want, want_gradient = jax.jit(jax.value_and_grad(bound))(params)
-    np.testing.assert_allclose(loss, want, rtol=1e-5)
-    for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(want_gradient), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+
+def test_the_loss_s_gradient_is_that_of_a_softmax():
+    x0, t = jnp.asarray(EVERY[40:41]), jnp.array([3])
+    logits = jnp.array([[0.3, -1.0, 0.5]])
+    gradient = jax.jit(
+        jax.grad(lambda z: masking.kl_of_coordinates(PROCESS, lambda *_: z, x0, t).sum())
+    )(logits)
+    expected = scipy.special.softmax(np.asarray(logits, np.float64))
+    expected[0, EVERY[40, ORDER[2]]] -= 1
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5)
 
 
 def test_mirrored_images_are_trained_on_where_the_run_mirrors_them(unet):
     model, params = unet
-    config = {"train": settings(), "data": {"flip": True}, "seed": 3}
-    config = ml_collections.ConfigDict(config | {"parallel": {"microbatches": 1}})
-    task, index = masked_model.make_task(config, model), jnp.arange(D)
+    conditional, index = jax.jit(model.conditional(params)), jnp.arange(D)
     images = jnp.asarray(np.repeat(model.decode(np.array([[0, 2, 1, 0]])), D, axis=0))
-    got, t = masked_model.losses(model, task, params, images, index, 5)
+    got, t = task_of(model, flip=True)(params, images)
     flip = [bool(jax.random.bernoulli(k)) for k in keys.example_keys(3, "flip", 5, index)]
     assert 0 < sum(flip) < D
     seen = [[2, 0, 0, 1] if mirrored else [0, 2, 1, 0] for mirrored in flip]
     want = [
-        -by_hand(np.array(x), model.conditional(params))[k - 1] / math.log(2)
+        -by_hand(np.array(x), conditional)[k - 1] / math.log(2)
         for x, k in zip(seen, np.asarray(t), strict=True)
     ]
     np.testing.assert_allclose(got, want, rtol=1e-4)
@@ -326,25 +336,17 @@ def figure(run, *flags):
     return autoregressive.main([f"--run={run}", "--images=5", *flags])
 
 
-def state_of(run, step):
-    """The leaves of a checkpoint of the run's only autoregressive model, and of the model."""
-    (path,) = (run / "autoregressive").iterdir()
-    manager = Checkpoints(path / "checkpoints")
-    config = runs.RunDirectory.of(run).load_config()
-    network = runs.make_model(config).clone(out_channels=17)
-    abstract = jax.eval_shape(
-        lambda: init_state(network, make_optimizer(config.train), (8, 8, 2), config.seed)
-    )
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract
-    )
-    state, at, _ = manager.restore(abstract, step)
-    manager.close()
-    assert at == step
-    return network, state
+def prepared(run, *flags):
+    """What `autoregressive.work` starts from."""
+    parser = argparse.ArgumentParser()
+    autoregressive.add_flags(parser)
+    directory = runs.RunDirectory.of(run)
+    flags = parser.parse_args(["--images=5", *flags])
+    study = Study(autoregressive.NAME, runs.load(run), directory, flags, lambda line: None)
+    return autoregressive.prepare(study)
 
 
+@pytest.mark.slow
 def test_the_figure_and_its_numbers_by_hand(run, capsys):
     assert figure(run, "--steps=5") == 0
     printed = capsys.readouterr().out
@@ -360,8 +362,9 @@ def test_the_figure_and_its_numbers_by_hand(run, capsys):
     source = autoregressive.open_source(runs.RunDirectory.of(run).load_config(), "test")
     images = source.images(np.arange(5) * len(source) // 5)
     levels = np.rint(np.arange(17) * 255 / 16).astype(np.uint8)
-    network, state = state_of(run, 5)
-    apply = jax.jit(lambda x, t: network.apply({"params": state.ema_params}, x, t))
+    model, *_, trainer = prepared(run, "--steps=5")
+    params, _ = trainer()
+    apply = jax.jit(lambda x, t: model.network.apply({"params": params}, x, t))
     for pixel in (0, 1, 19, 36, 63):
         known = (np.arange(64) < pixel).reshape(8, 8, 1)
         x = np.where(known, images / 127.5 - 1, 0)
@@ -382,31 +385,37 @@ def test_the_figure_and_its_numbers_by_hand(run, capsys):
     assert "training" not in printed and printed.count("computed before") == 2
 
 
-def test_more_steps_go_on_and_an_interruption_too_to_the_bit(run, tmp_path, monkeypatch, capsys):
-    import shutil
-
+def test_more_steps_go_on_and_an_interruption_too_to_the_bit(run, tmp_path, monkeypatch):
     for name in ("one", "cut"):
         shutil.copytree(run, tmp_path / name, ignore=shutil.ignore_patterns("autoregressive"))
-    assert figure(tmp_path / "one", "--steps=10") == 0
-    flags = (tmp_path / "cut", "--order=raster")
+    whole = prepared(tmp_path / "one", "--steps=10").trainer
+    cut = prepared(tmp_path / "cut", "--steps=10").trainer
     answers = iter([False, False, True])
     with monkeypatch.context() as patch:
         patch.setattr(masked_model.Watch, "asked", lambda self: next(answers))
-        assert figure(*flags, "--steps=10") == 75
-    assert "stopped at step 3" in capsys.readouterr().err
-    assert figure(*flags, "--steps=7") == 0
-    assert figure(*flags, "--steps=10") == 0
-    _, whole = state_of(tmp_path / "one", 10)
-    _, cut = state_of(tmp_path / "cut", 10)
-    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(cut), strict=True):
-        np.testing.assert_array_equal(one, other)
-    lines = [
-        (next((path / "autoregressive").iterdir()) / "metrics.jsonl").read_text()
-        for path in (tmp_path / "one", tmp_path / "cut")
-    ]
-    assert lines[0] == lines[1] and len(lines[0].splitlines()) == 2
-    assert figure(*flags, "--steps=5") == 2
-    assert "has been trained for 10 steps; choose --steps=10 or more" in capsys.readouterr().err
+        with pytest.raises(Interrupted, match="stopped at step 3; the same command goes on"):
+            cut()
+    prepared(tmp_path / "cut", "--steps=7").trainer()
+    cut = prepared(tmp_path / "cut", "--steps=10").trainer
+    (one, lines), (other, other_lines) = whole(), cut()
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert lines == other_lines and [line["step"] for line in lines] == [5, 10]
+    written = [(t.path / "metrics.jsonl").read_text() for t in (whole, cut)]
+    assert written[0] == written[1] and len(written[0].splitlines()) == 2
+    states = [saved(t.path) for t in (whole, cut)]  # The optimizer's state as well.
+    assert states[0] == states[1] and len(states[0]) > 50
+    match = "has been trained for 10 steps; choose --steps=10 or more"
+    with pytest.raises(RequestError, match=match):
+        prepared(tmp_path / "cut", "--steps=5")
+    # Another order is another model.
+    prepared(tmp_path / "cut", "--steps=5", "--order=random")
+
+
+def saved(path):
+    """The checksums of all leaves of the newest checkpoint."""
+    newest = max((path / "checkpoints").iterdir(), key=lambda p: int(p.name))
+    return json.loads((newest / "meta" / "metadata").read_text())["checksums"]
 
 
 @pytest.mark.parametrize(
@@ -428,13 +437,24 @@ def test_wrong_requests_are_refused_in_a_line_before_any_work(run, flags, messag
     assert message in out.err and len(out.err.splitlines()) == 1 and not out.out
 
 
-def test_nothing_is_published_where_the_two_differ(run, tmp_path, monkeypatch):
-    import shutil
+def test_bits_and_the_refusal_where_the_two_ways_differ(unet):
+    model, params = unet
+    evaluation = {"batch_size": 81}
+    config = {"evaluation": evaluation, "model": {"dtype": "float32"}}
+    run = types.SimpleNamespace(config=ml_collections.ConfigDict(config), layout=make_layout("jit"))
+    study = types.SimpleNamespace(
+        run=run, say=print, arrays=lambda protocol, count, batch, compute: compute(0, count)
+    )
+    images = model.decode(EVERY)
+    found = masked_model.measure(study, model, params, images)
+    p = 2 ** (-D * found["terms"].sum(axis=1))
+    assert p.sum() == pytest.approx(1, rel=1e-6)
+    np.testing.assert_allclose(found["scores"], -found["terms"][:, :-1], rtol=1e-4, atol=1e-6)
 
-    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("figures"))
-    right = masking.chain_rule
-    wrong = lambda *arguments: right(*arguments) * 1.001  # noqa: E731
-    monkeypatch.setattr(masking, "chain_rule", wrong)
+    found["scores"][70, 2] *= 1.001
+    study.arrays = lambda *_: found
     with pytest.raises(ArithmeticError, match="the bound and the chain rule differ by"):
-        figure(tmp_path / "run", "--steps=5", "--order=random")
-    assert not (tmp_path / "run" / "figures").exists()
+        masked_model.measure(study, model, params, images)
+    found["terms"][3, 1] = np.nan
+    with pytest.raises(NonFiniteError, match="not finite"):
+        masked_model.measure(study, model, params, images)
