@@ -129,7 +129,7 @@ def draw(rows: Sequence[dict[str, Any]], labels: dict[str, str]) -> bytes:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 5.6), layout="constrained")
+    figure = Figure(figsize=(14, 6), layout="constrained")
     variances, losses = figure.subplots(1, 2)
     for axis in (variances, losses):
         axis.set_xscale("log")
@@ -155,9 +155,10 @@ def draw(rows: Sequence[dict[str, Any]], labels: dict[str, str]) -> bytes:
     losses.set_ylim(1e-7 * top, 3 * top)
     for axis in (variances.yaxis, losses.xaxis, variances.xaxis):
         axis.set_major_formatter("{x:g}")
-    if ratios_are_close(variances):
-        variances.yaxis.set_minor_formatter("{x:.3g}")
-    variances.legend(fontsize=11)
+    label_between_powers(variances)
+    figure.legend(
+        *variances.get_legend_handles_labels(), fontsize=11, ncols=2, loc="outside lower center"
+    )
     losses.legend(fontsize=11, loc="lower left")
     ratio = r"$\sigma_t^2\,/\,\tilde\beta_t$  (diamonds at t = 1: $\sigma_1^2\,/\,\tilde\beta_2$)"
     style(variances, "t", ratio, "variance of the reverse process")
@@ -166,10 +167,14 @@ def draw(rows: Sequence[dict[str, Any]], labels: dict[str, str]) -> bytes:
     return common.to_png(figure)
 
 
-def ratios_are_close(axis: Any) -> bool:
-    """Whether there is room for labels between the powers of ten."""
+def label_between_powers(axis: Any) -> None:
+    """More numbers on a logarithmic y axis of few powers of ten."""
+    from matplotlib.ticker import LogLocator
+
     low, high = axis.get_ylim()
-    return high / low < 30
+    if high / low < 30:
+        axis.yaxis.set_minor_locator(LogLocator(subs=(1.2, 1.5, 2, 3, 5, 7)))
+        axis.yaxis.set_minor_formatter("{x:.3g}")
 
 
 def draw_losses(
