@@ -1,5 +1,6 @@
 """The neighbours of planted samples, against scikit-learn and distances by hand."""
 
+import copy
 import csv
 import dataclasses
 import json
@@ -7,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 from untrained_run import untrained
 
@@ -14,7 +16,7 @@ from ddpm_jax import generation, runs
 from ddpm_jax.config import RequestError
 from ddpm_jax.data import open_source
 from ddpm_jax.evaluation import evaluators, neighbors, reference
-from experiments import nearest_neighbors, sample_sets
+from experiments import common, nearest_neighbors, sample_sets
 
 NEVER = AssertionError("computed again")
 
@@ -27,6 +29,13 @@ def run(tmp_path_factory):
 @pytest.fixture
 def workdir(run, tmp_path):
     return shutil.copytree(run, tmp_path / "run")
+
+
+@pytest.fixture(autouse=True)
+def quick(request, monkeypatch):
+    """Pictures are made in one test alone: they take longer than all else."""
+    if "two_spaces" not in request.node.name:
+        monkeypatch.setattr(common, "to_png", lambda figure: b"a picture")
 
 
 def study(workdir, *flags, features="pixels"):
@@ -42,7 +51,7 @@ def table(workdir):
 
 
 def images_of(workdir, split):
-    source = open_source(runs.load(workdir).config, split)
+    source = open_source(runs.RunDirectory.of(workdir).load_config(), split)
     return source.images(np.arange(len(source)))
 
 
@@ -50,23 +59,34 @@ def flat(images):
     return np.float64(images.reshape(len(images), -1)) / 127.5 - 1
 
 
-def plant(workdir, images):
-    """Images in the place of the run's samples, as if its parameters had drawn them."""
-    run = runs.load(workdir)
-    run.config.sample.count = len(images)
-    path = workdir / "samples" / generation.target(run, workdir).name
-    path.parent.mkdir(exist_ok=True)
-    protocol = json.dumps(generation.sampling_protocol(run))
-    np.savez(path, images=images, outside=np.zeros(len(images), np.float32), protocol=protocol)
+@pytest.fixture(scope="module")
+def loaded(run):
+    return runs.load(run)
 
 
-def planted(workdir):
+@pytest.fixture
+def plant(loaded, workdir):
+    """Puts images in the place of the run's samples, as if its parameters had drawn them."""
+
+    def put(images):
+        run = dataclasses.replace(loaded, config=copy.deepcopy(loaded.config))
+        run.config.sample.count = len(images)
+        path = workdir / "samples" / generation.target(run, workdir).name
+        path.parent.mkdir(exist_ok=True)
+        protocol = json.dumps(generation.sampling_protocol(run))
+        np.savez(path, images=images, outside=np.zeros(len(images), np.float32), protocol=protocol)
+
+    return put
+
+
+@pytest.fixture
+def planted(plant, workdir):
     """Noise, but for three copies of training images and two that are almost copies."""
     rng, real = np.random.default_rng(0), images_of(workdir, "train")
     images = rng.integers(0, 256, size=(30, 8, 8, 1)).astype(np.uint8)
     images[[4, 11, 29]] = real[[700, 3, 1500]]
     images[[2, 20]] = real[[10, 20]] ^ np.uint8(4)
-    plant(workdir, images)
+    plant(images)
     return images
 
 
@@ -79,8 +99,8 @@ def shown_by(workdir, monkeypatch, *flags):
     return drawn[0]
 
 
-def test_the_neighbours_are_scikit_learn_s(workdir, monkeypatch):
-    images, real = planted(workdir), images_of(workdir, "train")
+def test_the_neighbours_are_scikit_learn_s(workdir, planted, monkeypatch):
+    images, real = planted, images_of(workdir, "train")
     (one,), samples, split, held_out = shown_by(workdir, monkeypatch, "--neighbors=4")
     np.testing.assert_array_equal(samples, images)
     assert (split, held_out) == ("train", "test")
@@ -97,8 +117,8 @@ def test_the_neighbours_are_scikit_learn_s(workdir, monkeypatch):
     np.testing.assert_array_equal(arrays["positions"], positions)
 
 
-def test_memorisation_is_told(workdir, capsys):
-    images, real = flat(planted(workdir)), flat(images_of(workdir, "train"))
+def test_memorisation_is_told(workdir, planted, capsys):
+    images, real = flat(planted), flat(images_of(workdir, "train"))
     assert study(workdir) == 0
     (row,) = table(workdir)
     near = np.sqrt(np.square(images[:, None] - real).mean(-1)).min(axis=1)
@@ -121,16 +141,15 @@ def test_memorisation_is_told(workdir, capsys):
     assert f"(expected: {100 * below.mean():.1f} ± {100 * below.std():.1f} %)" in said
 
 
-def test_the_first_samples_can_be_shown(workdir, monkeypatch):
-    planted(workdir)
+def test_the_first_samples_can_be_shown(workdir, planted, monkeypatch):
     (one,), *_ = shown_by(workdir, monkeypatch, "--show=first")
     assert list(one.rows) == list(range(8)) and one.neighbors.shape == (8, 5, 8, 8, 1)
 
 
-def test_mirror_images_and_parts_of_the_reference(workdir, monkeypatch):
+def test_mirror_images_and_parts_of_the_reference(workdir, plant, monkeypatch):
     real = images_of(workdir, "train")[np.arange(300) * 1541 // 300]
     both = np.concatenate([real, real[:, :, ::-1]])
-    plant(workdir, both[[250, 299, 300, 450, 599]])
+    plant(both[[250, 299, 300, 450, 599]])
     flags = ("--config.evaluation.reference_count=300", "--config.evaluation.reference_mirror=1")
     (one,), *_ = shown_by(workdir, monkeypatch, *flags, "--neighbors=3", "--show=first")
     _, positions = NearestNeighbors(n_neighbors=3).fit(flat(both)).kneighbors(flat(both))
@@ -138,27 +157,29 @@ def test_mirror_images_and_parts_of_the_reference(workdir, monkeypatch):
     np.testing.assert_array_equal(one.neighbors, both[positions[[250, 299, 300, 450, 599]]])
 
 
-def test_nothing_is_computed_twice(workdir, monkeypatch, capsys):
+def test_nothing_is_computed_twice(workdir, plant, monkeypatch, capsys):
     assert study(workdir) == 0
     first = (workdir / "figures" / "nearest_neighbors.csv").read_text()
     drawn = list((workdir / "samples").glob("*.npz"))
     assert [path.name.rpartition("_")[2] for path in drawn] == ["40.npz"]
+    # Beside what the evaluation keeps, such as features: neighbours of samples and of new images.
+    assert len(list((workdir / "evaluation").glob("*_nearest_neighbors_*.npz"))) == 2
 
     def never(*args, **kwargs):
         raise NEVER
 
-    monkeypatch.setattr(generation, "draw", never)
-    monkeypatch.setattr(nearest_neighbors, "neighbors_of", never)
-    monkeypatch.setattr(evaluators, "neighbors_of", never)
-    compile_extractor = reference.compile_extractor
-    computed = lambda *a: compile_extractor(*a) and never  # noqa: E731
-    monkeypatch.setattr(reference, "compile_extractor", computed)
-    assert study(workdir, "--show=first") == 0
-    assert (workdir / "figures" / "nearest_neighbors.csv").read_text() == first
-    assert list((workdir / "samples").glob("*.npz")) == drawn
-    # More of them are another set; then it is the largest, and is taken.
-    monkeypatch.undo()
-    assert study(workdir, "--count=50") == 0 and table(workdir)[0]["samples"] == "50"
+    with monkeypatch.context() as patched:
+        patched.setattr(generation, "draw", never)
+        patched.setattr(nearest_neighbors, "neighbors_of", never)
+        patched.setattr(evaluators, "neighbors_of", never)
+        compile_extractor = reference.compile_extractor
+        computed = lambda *a: compile_extractor(*a) and never  # noqa: E731
+        patched.setattr(reference, "compile_extractor", computed)
+        assert study(workdir, "--show=first") == 0
+        assert (workdir / "figures" / "nearest_neighbors.csv").read_text() == first
+        assert list((workdir / "samples").glob("*.npz")) == drawn
+    # The largest set is taken, or that of the number asked for, or of the sampler.
+    plant(np.zeros((50, 8, 8, 1), np.uint8))
     assert study(workdir) == 0 and table(workdir)[0]["samples"] == "50"
     assert study(workdir, "--count=40") == 0 and table(workdir)[0]["samples"] == "40"
     capsys.readouterr()
@@ -166,8 +187,7 @@ def test_nothing_is_computed_twice(workdir, monkeypatch, capsys):
     assert "drawing 12 with 7 of 20 steps" in capsys.readouterr().out
 
 
-def test_of_other_parameters_no_samples_are_taken(workdir):
-    planted(workdir)
+def test_of_other_parameters_no_samples_are_taken(workdir, planted):
     (path,) = (workdir / "samples").glob("*.npz")
     arrays = dict(np.load(path))
     protocol = json.loads(str(arrays["protocol"])) | {"parameters_crc32": "00000000"}
@@ -176,11 +196,11 @@ def test_of_other_parameters_no_samples_are_taken(workdir):
     assert study(workdir) == 0 and table(workdir)[0]["samples"] == "40"
 
 
-def test_a_chain_is_shortened_where_it_can_be(workdir, monkeypatch, capsys):
+def test_a_chain_is_shortened_where_it_can_be(workdir, loaded, monkeypatch, capsys):
     monkeypatch.setattr(sample_sets, "STEPS", 5)
     assert study(workdir) == 0
     assert "drawing 40 with 5 of 20 steps" in capsys.readouterr().out
-    run = runs.load(workdir)
+    run = dataclasses.replace(loaded, config=copy.deepcopy(loaded.config))
     run.config.diffusion.variance = "learned"
     directory = runs.RunDirectory.of(workdir / "elsewhere")
     directory.save_config(run.config)
@@ -206,15 +226,15 @@ def test_without_a_network_pixels_are_shown_alone(workdir, monkeypatch, capsys):
     assert study(workdir, "--config.evaluation.weights=/no/file", features="") == 2
 
 
-def test_two_spaces_stand_beside_each_other(workdir, monkeypatch):
+def test_two_spaces_stand_beside_each_other(workdir, planted, plant, monkeypatch):
     """The second one looks at the images' upper half alone."""
-    images = planted(workdir)
+    images = planted
     half = sample_sets.make_extractor("pixels")
     upper = lambda params, x: half.apply(params, x[:, :4])  # noqa: E731
     upper = dataclasses.replace(half, name="upper", identity={"network": "upper"}, apply=upper)
     make = lambda name, *rest: upper if name == "upper" else half  # noqa: E731
     monkeypatch.setattr(sample_sets, "make_extractor", make)
-    plant(workdir, images[:25])
+    plant(images[:25])
     monkeypatch.setattr(evaluators.names, "FEATURES", "pixels|upper")
     keep = []
     draw = nearest_neighbors.draw
@@ -229,10 +249,11 @@ def test_two_spaces_stand_beside_each_other(workdir, monkeypatch):
             one.distances[:, 0], distances[:, 0] / np.sqrt(8 * rows), rtol=1e-6, atol=1e-7
         )
     assert [row["features"] for row in table(workdir)] == ["pixels", "upper"]
+    with Image.open(workdir / "figures" / "nearest_neighbors.png") as picture:
+        assert min(picture.size) > 1000
 
 
-def test_without_held_out_images_their_curve_is_left_out(workdir, monkeypatch, capsys):
-    planted(workdir)
+def test_without_held_out_images_their_curve_is_left_out(workdir, planted, monkeypatch, capsys):
     (one,), *_, held_out = shown_by(workdir, monkeypatch, "--config.evaluation.split=train")
     assert one.held_out is None and held_out == ""
     said = capsys.readouterr().out
@@ -263,9 +284,9 @@ def test_what_cannot_be_is_refused_in_one_line(workdir, capsys, flags, words):
     assert not list((workdir / "samples").glob("*.npz"))
 
 
-def test_the_evaluation_s_number_is_the_figure_s(workdir):
+def test_the_evaluation_s_number_is_the_figure_s(workdir, planted):
     """What the figure says is what `nearest_neighbors` makes of the same features."""
-    images = planted(workdir)
+    images = planted
     assert study(workdir) == 0
     (path,) = (workdir / "evaluation").glob("*nearest_pixels_30_*.json")
     expected = neighbors.nearest_neighbors(

@@ -13,7 +13,7 @@ from untrained_run import untrained
 from ddpm_jax import generation, runs
 from ddpm_jax.data import open_source
 from ddpm_jax.evaluation import manifest, names, reference, results
-from experiments import quality_table, sample_quality
+from experiments import common, quality_table, sample_quality
 
 REAL = {"data": "cifar10", "split": "train", "images": 50000, "of": 50000, "mirror": False}
 BOUND = {
@@ -81,6 +81,13 @@ def run(tmp_path_factory):
 @pytest.fixture
 def workdir(run, tmp_path):
     return shutil.copytree(run, tmp_path / "run")
+
+
+@pytest.fixture(autouse=True)
+def quick(request, monkeypatch):
+    """Pictures are made where the table is made first, and alone there: they take long."""
+    if "missing" not in request.node.name:
+        monkeypatch.setattr(common, "to_png", lambda figure: b"a picture")
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +183,7 @@ def test_real_images_are_measured_at_equal_number(made, tmp_path, count):
     (path,) = (workdir / "samples").glob("*.npz")
     samples = flat(generation.load_images(path)[0])
     assert len(samples) == (300 if count == 256 else 40)
-    config = runs.load(workdir).config
+    config = runs.RunDirectory.of(workdir).load_config()
     test, real = (flat(open_source(config, s).images(slice(None))) for s in ("test", "train"))
     test = test[np.arange(count) * 256 // count]
     for name, measure in {"fd": fd, "kd": kd}.items():
@@ -246,7 +253,9 @@ def test_manifests_by_hand_are_shown_with_the_paper_s_numbers(workdir, capsys, m
     assert "\n2. 50,000 samples: ancestral, all 1,000 steps, x̂_0 clipped; the parameters'" in text
     ((samples, real, *_),) = drawn
     np.testing.assert_array_equal(samples, images[:9])
-    train_images = open_source(runs.load(workdir).config, "train").images(slice(None))
+    train_images = open_source(runs.RunDirectory.of(workdir).load_config(), "train").images(
+        slice(None)
+    )
     np.testing.assert_array_equal(real, train_images[np.arange(9) * 1541 // 9])
 
 
