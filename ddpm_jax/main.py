@@ -20,7 +20,7 @@ from ddpm_jax import generation, interruption, runs
 from ddpm_jax.config import RequestError
 from ddpm_jax.data import ReadError
 from ddpm_jax.evaluation import results, selftest
-from ddpm_jax.training import check, loop
+from ddpm_jax.training import check, loop, together
 from ddpm_jax.training.checkpoints import CheckpointError
 from ddpm_jax.training.metrics import NonFiniteError
 
@@ -52,6 +52,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]
     parser.add_argument("--workdir", help="the run's directory")
     parser.add_argument("--mode", default="train", choices=MODES)
     parser.add_argument(
+        "--seeds",
+        help="such as 0,1,2: train these together, each in a run directory of its own, whose name "
+        "has the seed in the place of {seed} in --workdir",
+    )
+    parser.add_argument(
         "--selftest",
         action="store_true",
         help="with --mode=evaluate: do weights and data give FID and IS as published? (CIFAR-10)",
@@ -79,7 +84,10 @@ def resolve(
     if args.config:
         config = config_lib.load_file(args.config)
     elif args.workdir:
-        config = runs.RunDirectory.of(args.workdir).load_config()
+        workdir = args.workdir
+        if args.seeds is not None:  # They differ in the seed alone.
+            workdir = together.workdir_of(workdir, together.parse_seeds(args.seeds)[0])
+        config = runs.RunDirectory.of(workdir).load_config()
     elif args.selftest:
         config = config_lib.default_config()
     else:
@@ -98,13 +106,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> int:
     args, overrides = parse(argv)
     _join_hosts(args)  # Before anything touches a device.
+    if args.seeds is not None:
+        _check_seeds(args, overrides)
     config = resolve(args, overrides)
     if args.selftest and args.mode != "evaluate":
         raise RequestError("--selftest belongs to --mode=evaluate")
     if args.mode != "check" and not args.selftest and not args.workdir:
         raise RequestError("--workdir=DIR is needed, e.g. --workdir=runs/digits")
     use_compilation_cache()
-    if args.mode == "train":
+    if args.seeds is not None:
+        together.train_together(config, args.workdir, together.parse_seeds(args.seeds), _say)
+    elif args.mode == "train":
         loop.train(config, args.workdir, _say)
     elif args.mode == "sample":
         run = runs.load(args.workdir, config=config)
@@ -118,6 +130,18 @@ def _run(argv: Sequence[str]) -> int:
     else:
         _say(check.report(config))
     return 0
+
+
+def _check_seeds(args: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> None:
+    """Refuses what --seeds does not go with.
+
+    Raises:
+      RequestError: names it.
+    """
+    if args.mode != "train" or args.selftest:
+        raise RequestError("--seeds belongs to --mode=train; other modes take one run's --workdir")
+    if "seed" in dict(overrides):
+        raise RequestError("--seeds and --config.seed exclude each other; leave out --config.seed")
 
 
 def reported(work: Callable[[], int]) -> int:

@@ -1,0 +1,93 @@
+"""What a run is made of, from its config, before anything is compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import ml_collections
+
+from ddpm_jax import config as config_lib
+from ddpm_jax.evaluation import names
+from ddpm_jax.parallel import Layout, make_layout
+from ddpm_jax.runs import Run, image_shape, make_model
+from ddpm_jax.training.state import State, init_state, make_optimizer
+from ddpm_jax.training.step import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a run needs, made from its config: nothing here changes while it trains."""
+
+    config: ml_collections.ConfigDict
+    layout: Layout
+    task: Task
+    abstract: State  # Shapes, dtypes and shardings of the state.
+
+    @property
+    def sharding(self) -> State:
+        """The sharding of each leaf of the state."""
+        return jax.tree.map(lambda x: x.sharding, self.abstract)
+
+
+def make_job(config: ml_collections.ConfigDict) -> Job:
+    """The job of a valid config on the devices there are; nothing is compiled.
+
+    Raises:
+      RequestError: the batch does not divide over the devices, or the mode does not fit them.
+    """
+    try:
+        layout = make_layout(config.parallel.mode)
+    except ValueError as error:
+        raise config_lib.RequestError(str(error)) from None
+    try:
+        names.check_keep_best(config)
+    except ValueError as error:
+        raise config_lib.RequestError(f"config.{error}") from None
+    parts = layout.num_devices * config.parallel.microbatches
+    if config.train.batch_size % parts:
+        raise config_lib.RequestError(
+            f"config.train.batch_size={config.train.batch_size} does not divide by {parts}: "
+            f"{layout.num_devices} devices × {config.parallel.microbatches} microbatches"
+        )
+    task = Task(
+        model=make_model(config),
+        process=config_lib.make_process(config),
+        optimizer=make_optimizer(config.train),
+        train=config.train,
+        flip=config.data.flip,
+        seed=config.seed,
+        microbatches=config.parallel.microbatches,
+    )
+    shapes = jax.eval_shape(initial_state(config, task), 0)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        layout.state(shapes),
+    )
+    return Job(config, layout, task, abstract)
+
+
+def initial_state(
+    config: ml_collections.ConfigDict, task: Task
+) -> Callable[[int | jax.Array], State]:
+    """Makes the state before the first step from the seed, to be run under jit.
+
+    The seed is an argument, so that runs which differ in it find one compiled program in the cache.
+    """
+    return lambda seed: init_state(task.model, task.optimizer, image_shape(config), seed)
+
+
+def template(job: Job) -> Run:
+    """The run that evaluators are built for: its parameters are but their shapes and shardings."""
+    ema = job.config.evaluation.ema
+    return Run(
+        config=job.config,
+        process=job.task.process,
+        model=job.task.model,
+        params=job.abstract.ema_params if ema else job.abstract.params,
+        step=0,
+        layout=job.layout,
+        kind="ema" if ema else "raw",
+    )

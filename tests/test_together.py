@@ -1,0 +1,365 @@
+"""Seeds trained together against the same seeds trained one by one, and what can go wrong."""
+
+import dataclasses
+import json
+import shutil
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs_for_tests import TINY, arguments, assert_equal_states, final_state, start, train
+
+from ddpm_jax import config as config_lib
+from ddpm_jax import files, runs
+from ddpm_jax.interruption import Interrupted
+from ddpm_jax.main import main
+from ddpm_jax.training import together
+from ddpm_jax.training.checkpoints import Checkpoints
+from ddpm_jax.training.job import make_job
+from ddpm_jax.training.metrics import NonFiniteError
+
+SEEDS = (0, 5, 2)
+TIMES = ("steps_per_second", "images_per_second", "seconds_waiting_for_data")
+EVALUATION = {
+    "train__evaluate_every": 10,
+    "train__keep_best": "bits_per_dim_test",
+    "evaluation__metrics": "bits_per_dim",
+    "evaluation__split": "test",
+    "evaluation__max_images": 16,
+}
+
+
+def lines(workdir):
+    """metrics.jsonl, without what the clock says."""
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in records]
+
+
+def command(parent, seeds=SEEDS, **overrides):
+    """The command line of the small run of several seeds, in parent/seed…."""
+    return [*arguments(parent / "seed{seed}", **overrides), f"--seeds={','.join(map(str, seeds))}"]
+
+
+def vmapped(parent, seeds=SEEDS, **overrides):
+    """The same with `vmap`, which no flag asks for on a CPU; returns the lines said."""
+    config = config_lib.load_file(arguments(parent)[0].removeprefix("--config="))
+    for key, value in (TINY | {k.replace("__", "."): v for k, v in overrides.items()}).items():
+        config_lib.override(config, key, value)
+    said = []
+    together.train_together(config, str(parent / "seed{seed}"), seeds, said.append, "vmap")
+    return said
+
+
+def snapshot(parent):
+    """Every file below, with its content and the time of its last change."""
+    return {
+        path: (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in parent.rglob("*")
+        if path.is_file()
+    }
+
+
+def assert_same_run(one, other):
+    """Runs equal to the bit, in all but clocks."""
+    assert_equal_states(final_state(one)[0], final_state(other)[0])
+    assert final_state(one)[1] == final_state(other)[1]
+    assert lines(one) == lines(other)
+
+
+def assert_close_run(one, other):
+    """Runs equal to rounding.
+
+    Batched kernels add in another order: 6e-8 of the loss a step. 20 steps of Adam at 1e-3 carry
+    that to some 1e-5 of the parameters (see test_training on other layouts); the bias of
+    attention's keys, whose gradient is rounding alone, is what Adam makes of it.
+    """
+    assert [r.keys() for r in lines(one)] == [r.keys() for r in lines(other)]
+    for record, reference in zip(lines(one), lines(other), strict=True):
+        for name, value in reference.items():
+            rtol = 1e-3 if name == "grad_norm" else 1e-5
+            assert record[name] == pytest.approx(value, rel=rtol), name
+    state = final_state(one)[0]
+    for path, leaf in final_state(other)[0].items():
+        if "params" in path and "['k']['bias']" not in path:
+            np.testing.assert_allclose(state[path], leaf, atol=1e-4, err_msg=path)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Each seed by itself."""
+    parent = tmp_path_factory.mktemp("alone")
+    for seed in SEEDS:
+        assert train(parent / f"seed{seed}", seed=seed) == 0
+    return parent
+
+
+@pytest.fixture(scope="module")
+def unrolled(tmp_path_factory):
+    """All by one command."""
+    parent = tmp_path_factory.mktemp("unrolled")
+    assert main(command(parent)) == 0
+    return parent
+
+
+@pytest.fixture(scope="module")
+def batched(tmp_path_factory):
+    """All with vmap."""
+    parent = tmp_path_factory.mktemp("vmap")
+    vmapped(parent)
+    return parent
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_seeds_unrolled_are_those_trained_alone_to_the_bit(alone, unrolled, seed):
+    assert_same_run(unrolled / f"seed{seed}", alone / f"seed{seed}")
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_seeds_under_vmap_are_those_trained_alone_to_rounding(alone, batched, seed):
+    assert_close_run(batched / f"seed{seed}", alone / f"seed{seed}")
+
+
+def test_seeds_differ(alone):
+    first, second = (lines(alone / f"seed{seed}")[0]["loss"] for seed in SEEDS[:2])
+    assert abs(first - second) > 1e-3
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_each_seed_leaves_the_files_of_an_ordinary_run(alone, unrolled, seed):
+    def names(parent):
+        return {
+            str(path.relative_to(parent / f"seed{seed}")).partition(".tfevents")[0]
+            for path in (parent / f"seed{seed}").rglob("*")
+            if "/checkpoints/" not in str(path)  # Orbax names files as its threads come.
+        }
+
+    assert names(unrolled) == names(alone)
+    for file in ("config.json", "samples/step_00000020.png"):
+        one, other = (parent / f"seed{seed}" / file for parent in (unrolled, alone))
+        assert one.read_bytes() == other.read_bytes(), file
+    directory = runs.RunDirectory.of(unrolled / f"seed{seed}")
+    assert directory.load_config().seed == seed
+    (started,) = directory.load_starts()
+    assert started["from_step"] == 0
+    assert runs.load(directory.path).step == 20
+
+
+def test_calls_of_several_steps_and_microbatches(alone, tmp_path):
+    settings = {"train__steps_per_call": 5, "parallel__microbatches": 2}
+    assert main(command(tmp_path / "unrolled", SEEDS[:2], **settings)) == 0
+    vmapped(tmp_path / "vmap", SEEDS[:2], **settings)
+    for seed in SEEDS[:2]:
+        assert_close_run(tmp_path / "unrolled" / f"seed{seed}", alone / f"seed{seed}")
+        assert_close_run(tmp_path / "vmap" / f"seed{seed}", alone / f"seed{seed}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", together.FORMS)
+def test_batches_split_over_four_devices(alone, tmp_path, form):
+    code = f"import test_together as t, pathlib, sys; t.on_devices(sys.argv[1], {form!r})"
+    process = start([str(tmp_path)], devices=4, code=code)
+    assert process.wait(timeout=300) == 0, process.communicate()
+    for seed in SEEDS[:2]:
+        assert_close_run(tmp_path / f"seed{seed}", alone / f"seed{seed}")
+
+
+def on_devices(parent, form):
+    """In a process of its own: two seeds in a form, on however many devices."""
+    together.form_of = lambda layout: form
+    import pathlib
+
+    assert jax.device_count() == 4
+    assert main(command(pathlib.Path(parent), SEEDS[:2])) == 0
+
+
+def test_one_program_serves_any_seeds():
+    config = config_lib.load_file(arguments("")[0].removeprefix("--config="))
+    for key, value in TINY.items():
+        config_lib.override(config, key, value)
+    job = make_job(config)
+
+    def program(seeds, form):
+        call = together.compile_together(job.layout, job.task, seeds, job.sharding, form)
+        images = jax.ShapeDtypeStruct((1, 8, 8, 8, 1), jnp.uint8)
+        return call.func.lower(*call.args, [job.abstract] * 2, [images] * 2).as_text()
+
+    for form in together.FORMS:
+        assert program((0, 1), form) == program((7, 3), form)
+    assert program((0, 1), "unrolled") != program((0, 1), "vmap")
+
+
+def signal_after(monkeypatch, owner, name, wanted):
+    """Sends SIGTERM after the first call of a function whose arguments are `wanted`."""
+    original, hit = getattr(owner, name), []
+
+    def signalling(*args, **kwargs):
+        result = original(*args, **kwargs)
+        if not hit and wanted(*args):
+            hit.append(args)
+            signal.raise_signal(signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(owner, name, signalling)
+    return hit
+
+
+@pytest.mark.parametrize("form", together.FORMS)
+def test_a_signal_stops_all_and_the_same_command_goes_on_to_the_bit(
+    request, tmp_path, monkeypatch, capsys, form
+):
+    hit = signal_after(monkeypatch, Checkpoints, "save", lambda _, step, *rest: step == 10)
+    if form == "unrolled":
+        assert main(command(tmp_path)) == 75
+        message = capsys.readouterr().err.splitlines()[-1]
+    else:
+        with pytest.raises(Interrupted) as stopped:
+            vmapped(tmp_path)
+        message = str(stopped.value)
+    assert hit and message == "stopped at step 11; the same command goes on from there"
+    assert {final_state(tmp_path / f"seed{seed}")[1] for seed in SEEDS} == {11}
+    if form == "unrolled":
+        assert main(command(tmp_path)) == 0
+    else:
+        vmapped(tmp_path)
+    whole = request.getfixturevalue({"unrolled": "unrolled", "vmap": "batched"}[form])
+    for seed in SEEDS:
+        assert_same_run(tmp_path / f"seed{seed}", whole / f"seed{seed}")
+
+
+def test_seeds_that_stand_apart_meet_and_finished_ones_are_left_alone(alone, tmp_path, capsys):
+    """The last seed is at its end, the first halfway, the second not begun."""
+    ahead, _, done = SEEDS
+    assert train(tmp_path / f"seed{ahead}", seed=ahead, train__steps=12) == 0
+    assert train(tmp_path / f"seed{done}", seed=done) == 0
+    before = snapshot(tmp_path / f"seed{done}")
+    capsys.readouterr()
+    # The config is that of the runs themselves.
+    argv = [f"--workdir={tmp_path}/seed{{seed}}", "--seeds=0,5,2", "--config.train.steps=20"]
+    assert main(argv) == 0
+    said = capsys.readouterr().out
+    assert said.index("training seeds 5 from step 0") < said.index("training seeds 0, 5 from step")
+    assert "training seeds 0, 5 from step 12" in said
+    for seed in SEEDS:
+        assert_same_run(tmp_path / f"seed{seed}", alone / f"seed{seed}")
+    config = tmp_path / f"seed{done}" / "config.json"
+    after = snapshot(tmp_path / f"seed{done}")
+    assert before.pop(config)[0] == after.pop(config)[0] and before == after
+
+
+def test_nothing_is_done_for_what_is_finished_but_its_last_figure(unrolled, tmp_path):
+    parent = shutil.copytree(unrolled, tmp_path / "runs")
+    before = snapshot(parent)
+    assert main(command(parent)) == 0
+    after = snapshot(parent)
+    changed = {p for p in after if after[p] != before.get(p) and p.name != "config.json"}
+    assert not changed and before.keys() == after.keys()
+    figure = parent / f"seed{SEEDS[1]}" / "figures/training.png"
+    content = figure.read_bytes()
+    figure.unlink()
+    assert main(command(parent)) == 0
+    assert figure.read_bytes() == content
+    for seed in (SEEDS[0], SEEDS[2]):
+        assert snapshot(parent / f"seed{seed}/samples").items() <= before.items()
+
+
+def poison(workdir):
+    """Puts an infinity among the parameters of the newest checkpoint, checksums and all."""
+    directory = runs.RunDirectory.of(workdir)
+    checkpoints = Checkpoints(directory.checkpoints)
+    state, step, notes = checkpoints.restore(make_job(directory.load_config()).abstract)
+    state.params["conv_out"]["bias"] = state.params["conv_out"]["bias"].at[0].set(jnp.inf)
+    checkpoints.delete(step)
+    checkpoints.save(step, dataclasses.replace(state), notes)
+    checkpoints.wait()
+    checkpoints.close()
+    return step
+
+
+@pytest.mark.parametrize(("form", "every"), [("unrolled", 1), ("unrolled", 10), ("vmap", 10)])
+def test_a_seed_whose_loss_is_not_finite_stops_and_the_others_finish(
+    alone, tmp_path, capsys, form, every
+):
+    """A real infinity goes through the common program. With `every` 1 all is due at each step."""
+    bad = SEEDS[1]
+    for seed in SEEDS:
+        assert train(tmp_path / f"seed{seed}", seed=seed, train__steps=10) == 0
+    assert poison(tmp_path / f"seed{bad}") == 10
+    capsys.readouterr()
+    if form == "unrolled":
+        assert main(command(tmp_path, train__checkpoint_every=every)) == 1
+        captured = capsys.readouterr()
+        error = captured.err.removeprefix("error: ")
+        assert captured.err.count("\n") == 1
+        assert "training seeds 0, 2 from step" in captured.out  # In time saved.
+    else:
+        with pytest.raises(NonFiniteError) as failure:
+            vmapped(tmp_path)
+        error = str(failure.value)
+    assert error.startswith(f"seed {bad}: loss or gradient not finite at step 11: loss")
+    assert final_state(tmp_path / f"seed{bad}")[1] == 10
+    same = assert_same_run if form == "unrolled" else assert_close_run
+    for seed in SEEDS:
+        if seed != bad:
+            same(tmp_path / f"seed{seed}", alone / f"seed{seed}")
+            assert (tmp_path / f"seed{seed}/samples/step_00000020.png").exists()
+    assert not (tmp_path / f"seed{bad}/samples/step_00000020.png").exists()
+
+
+def test_each_seed_is_evaluated_as_alone_also_after_a_signal(tmp_path, monkeypatch):
+    settings = EVALUATION | {"evaluation__cache_dir": tmp_path / "cache"}
+    for seed in SEEDS[:2]:
+        assert train(tmp_path / f"alone{seed}", seed=seed, **settings) == 0
+    hit = signal_after(
+        monkeypatch,
+        files,
+        "replace",
+        lambda path, _: path.name.startswith("step10_prior_test") and "seed0" in str(path),
+    )
+    assert main(command(tmp_path, SEEDS[:2], **settings)) == 75
+    assert hit
+    assert main(command(tmp_path, SEEDS[:2], **settings)) == 0
+    for seed in SEEDS[:2]:
+        one, other = tmp_path / f"seed{seed}", tmp_path / f"alone{seed}"
+        assert_same_run(one, other)
+        assert [r["step"] for r in lines(one) if "bits_per_dim_test" in r] == [10, 20]
+        assert runs.load(one, best=True).step == runs.load(other, best=True).step
+
+
+@pytest.mark.parametrize(
+    ("seeds", "more", "message"),
+    [
+        ("0,1", ["--workdir=W/seed"], "with --seeds it needs {seed}"),
+        ("0,1,0", [], "--seeds=0,1,0: each must be named once"),
+        ("0,01", [], "each must be named once"),
+        ("0,x", [], "--seeds=0,x: expected integers such as 0,1,2"),
+        ("", [], "--seeds=: expected integers"),
+        ("0,-1", [], "config.seed=-1: must be between 0 and"),
+        ("0,1", ["--config.seed=3"], "--seeds and --config.seed exclude each other"),
+        ("0,1", ["--mode=sample"], "--seeds belongs to --mode=train"),
+        ("0,1", ["--mode=check"], "--seeds belongs to --mode=train"),
+        ("0,1", ["--config.parallel.mode=fsdp"], "parallel.mode=fsdp: seeds are trained together"),
+        ("0,1", ["--config.parallel.mode=pmap"], "parallel.mode=pmap: seeds are trained together"),
+    ],
+)
+def test_wrong_requests_are_one_line_and_nothing_is_written(
+    tmp_path, monkeypatch, capsys, seeds, more, message
+):
+    monkeypatch.chdir(tmp_path)
+    assert main([*arguments("W/seed{seed}"), f"--seeds={seeds}", *more]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and error.startswith("error: ")
+    assert not (tmp_path / "W").exists()
+
+
+def test_a_directory_of_another_config_is_refused_before_any_is_written(tmp_path, capsys):
+    assert train(tmp_path / "seed2", seed=2, train__steps=0) == 0
+    assert main(command(tmp_path, train__batch_size=16)) == 2
+    error = capsys.readouterr().err
+    assert "seed2" in error and "train.batch_size was 8, is 16" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["seed2"]
+    # Nor is the run of one seed taken for another's.
+    shutil.copytree(tmp_path / "seed2", tmp_path / "seed3")
+    assert main(command(tmp_path, (0, 3))) == 2
+    assert "seed was 2, is 3" in capsys.readouterr().err
