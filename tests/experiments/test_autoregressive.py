@@ -143,6 +143,23 @@ def test_what_is_copied_costs_exactly_nothing_and_the_rest_is_its_cross_entropy(
         assert (np.delete(kl, ORDER[t - 1], axis=1) == 0).all()
 
 
+def test_a_reverse_step_is_a_distribution_that_copies_and_never_leaves_its_coordinate_blank():
+    for t in range(1, D + 1):
+        times = jnp.full(81, t)
+        x_t = masking.q_sample(PROCESS, jnp.asarray(EVERY), times)
+        logits = toy(jnp)(x_t, times)
+        p = np.exp(masking.p_log_probabilities(PROCESS, logits, x_t, times))
+        np.testing.assert_allclose(p.sum(axis=-1), 1, rtol=1e-5)
+        predicted = p[:, ORDER[t - 1]]
+        np.testing.assert_allclose(
+            predicted[:, :K], scipy.special.softmax(np.asarray(logits), axis=-1), rtol=1e-5
+        )
+        assert (predicted[:, K] == 0).all()
+        others = np.delete(np.arange(D), ORDER[t - 1])
+        certain = np.eye(K + 1)[np.asarray(x_t)]
+        np.testing.assert_array_equal(p[:, others], certain[:, others])
+
+
 def test_the_kl_is_that_of_any_categorical_distributions():
     q, p = RNG.dirichlet(np.ones(5), (2, 7))
     q[0], p[1] = [1, 0, 0, 0, 0], [0.5, 0, 0.5, 0, 0]
@@ -177,9 +194,9 @@ def test_the_training_loss_averages_to_the_bound_over_every_t(unet):
 def test_the_loss_s_gradient_is_that_of_a_softmax():
     x0, t = jnp.asarray(EVERY[40:41]), jnp.array([3])
     logits = jnp.array([[0.3, -1.0, 0.5]])
-    gradient = jax.jit(
-        jax.grad(lambda z: masking.kl_of_coordinates(PROCESS, lambda *_: z, x0, t).sum())
-    )(logits)
+    loss = lambda z: masking.kl_of_coordinates(PROCESS, lambda *_: z, x0, t).sum()  # noqa: E731
+    with jax.debug_nans(True):  # Nor is anything on the way to it 0 · ∞.
+        gradient = jax.jit(jax.grad(loss))(logits)
     expected = scipy.special.softmax(np.asarray(logits, np.float64))
     expected[0, EVERY[40, ORDER[2]]] -= 1
     np.testing.assert_allclose(gradient, expected, rtol=1e-5)
