@@ -15,9 +15,10 @@ mean of the trained network stays as it is; σ²_t alone is exchanged:
   learned       the network's own, if the run has learned it, or another run's (--learned), which
                 is another network, with other means
 
-Two panels: σ²_t over β̃_t; and the bits/dim that a choice loses at each t against `best`, with
-their sum from t = 1 on (dashed). What the learned Σ gains is dotted. The legend has the bound and
-the whole loss; the CSV all of it, a row for neighbouring times, the last one the whole.
+Two panels: σ²_t over β̃_t, of a learned Σ its geometric mean; and the bits/dim that a choice loses
+at each t against `best`, with their sum from t = 1 on (dashed). What is gained instead is dotted.
+The legend has the whole bound. The CSV has a row for neighbouring times, enough for a hundred
+images, and one for the whole at its end.
 
 Times and noise are those of the bound that --mode=evaluate measures, --terms of an image's T terms.
 Errors are standard errors over images, those of losses of the differences image by image. `best` is
