@@ -203,12 +203,14 @@ def draw(
     )
     style(heat, "column", "row", "the cost of each pixel")
     heat.grid(False)
+    for ticks in (heat.xaxis, heat.yaxis):
+        ticks.get_major_locator().set_params(integer=True)
     lines = [(r["step"], r["loss"]) for r in records if "loss" in r]
     if lines:
         curve.plot(*zip(*lines, strict=True), color="C0", lw=2)
     whole = f"the whole bound, of {setup.source.split}"
     curve.axhline(compared["autoregressive"], color="C1", lw=2, ls="--", label=whole)
-    curve.set_ylim(0, None)
+    curve.set_ylim(0, 1.15 * max([compared["autoregressive"], *(loss for _, loss in lines)]))
     curve.legend(fontsize=12)
     style(curve, "step", "T · L$_{t−1}$ at one t an image (bits/dim)", "training loss")
     names = list(compared)[::-1]

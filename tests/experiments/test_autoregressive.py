@@ -439,7 +439,7 @@ def saved(path):
     ("flags", "message"),
     [
         (
-            ["--steps=3", "--config.train.steps_per_call=2"],
+            ["--steps=3", "--config.train.steps_per_call=5"],
             "--steps=3: must be a positive multiple",
         ),
         (["--steps=0"], "--steps=0: must be a positive multiple of train.steps_per_call=1"),
