@@ -7,6 +7,7 @@ the same command goes on; 1 anything else.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import pathlib
 import sys
@@ -157,9 +158,9 @@ def reported(work: Callable[[], int]) -> int:
     except (CheckpointError, NonFiniteError, ReadError) as error:
         return _fail(error, 1)
     except OSError as error:  # A disk that is full, or a place that is not to be written.
-        if error.filename is None:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        return _fail(f"{error.filename}: {error.strerror}", 1)
+        return _fail(": ".join(filter(None, (error.filename, error.strerror))), 1)
 
 
 def _join_hosts(args: argparse.Namespace) -> None:

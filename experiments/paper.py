@@ -16,12 +16,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+import ml_collections
+
+from ddpm_jax import config as config_lib
 from ddpm_jax import main as program
 from ddpm_jax.config import RequestError
+from ddpm_jax.data import open_source
+from ddpm_jax.evaluation.evaluators import make_evaluators
 from ddpm_jax.interruption import EXIT_CODE, Interrupted
-from ddpm_jax.main import Parser, reported
+from ddpm_jax.main import Parser, reported, use_compilation_cache
 from ddpm_jax.progress import duration
 from ddpm_jax.runs import RunDirectory
+from ddpm_jax.training.job import make_job, template
 
 # In the paper's order.
 FIGURES = (
@@ -76,6 +82,17 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]
     return flags, rest, wanted
 
 
+def check(config: ml_collections.ConfigDict) -> None:
+    """Opens what training and evaluation need, so that what is missing is said before hours pass.
+
+    Raises:
+      RequestError: data, weights or devices do not fit.
+    """
+    job = make_job(config)
+    open_source(config, batch_size=config.train.batch_size)
+    make_evaluators(template(job), lambda line: None)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Does all of it; returns the exit code: 1 where a figure is missing."""
     return reported(lambda: _run(sys.argv[1:] if argv is None else argv))
@@ -83,8 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     flags, overrides, wanted = parse(argv)
-    # Everything that is wrong with the request itself is said now.
-    config = program.resolve(*program.parse([f"--config={flags.config}", *overrides]))
+    config = program.resolve(flags, config_lib.parse_overrides(overrides))
+    use_compilation_cache()
+    check(config)
     directory = RunDirectory.of(flags.workdir)
     steps = steps_of(flags.config, flags.workdir, overrides, wanted)
     last = directory.checkpoints / str(config.train.steps)

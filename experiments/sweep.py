@@ -16,22 +16,25 @@ Exit codes: as of ddpm_jax.main; 1 where a run failed or diverged.
 from __future__ import annotations
 
 import argparse
-import pathlib
+import fcntl
+import shlex
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+from etils import epath
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import RequestError
 from ddpm_jax.interruption import Interrupted
 from ddpm_jax.main import Parser, reported, use_compilation_cache
 from ddpm_jax.progress import duration
-from experiments.sweeping import check, executors, table
+from ddpm_jax.runs import RunDirectory
+from experiments.sweeping import check, executors, slurm, table
 from experiments.sweeping.cells import load_sweep
-from experiments.sweeping.plan import DIVERGED, DONE, INTERRUPTED, Plan, make_jobs, make_plan
+from experiments.sweeping.plan import DIVERGED, DONE, INTERRUPTED, Job, Plan, make_jobs, make_plan
 
 MODES = ("run", "check", "table")
 EXECUTORS = ("local", "slurm", "print")
@@ -98,29 +101,59 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> int:
     flags, overrides, options = parse(argv)
     sweep = load_sweep(flags.sweep)
-    directory = pathlib.Path(flags.workdir).expanduser()
-    if directory.exists() and not directory.is_dir():
-        raise RequestError(f"--workdir={directory} is a file, not a directory")
-    plan = make_plan(sweep, directory, seeds_of(flags.seeds), overrides)
-    command = f"python -m experiments.sweep {' '.join(argv)}"
+    directory = RunDirectory.of(flags.workdir).path
+    if str(directory).startswith("gs://") and flags.executor != "print":
+        raise RequestError(f"--workdir={directory}: on gs:// only --executor=print")
     if flags.mode == "check":
+        check.take_share(flags.jobs)
         use_compilation_cache()
+    else:  # The programs take the accelerators; this process only looks after them.
+        jax.config.update("jax_platforms", "cpu")
+    plan = make_plan(sweep, directory, seeds_of(flags.seeds), overrides)
+    if flags.mode == "check":
         check.report(plan, flags.jobs, _say)
         return 0
+    command = shlex.join(["python", "-m", "experiments.sweep", *argv])
     if flags.mode == "table":
-        table.write(plan, command, _say)
+        table.write(plan, command.replace(" --mode=table", ""), _say)
         return 0
-    # The programs take the accelerators; this process only looks after them.
-    jax.config.update("jax_platforms", "cpu")
     check.open_data(plan)
     jobs = make_jobs(plan, flags.together)
     if flags.executor == "print":
         executors.print_commands(jobs, _say)
         return 0
     _say(_overview(plan, len(jobs)))
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "sweep.lock").open("w") as lock:
+        _take(lock, directory)
+        return _carry_out(plan, jobs, flags, options, command)
+
+
+def _take(lock: Any, directory: epath.Path) -> None:
+    """Holds the sweep's lock until this process ends.
+
+    Raises:
+      RequestError: another process has it.
+    """
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise RequestError(
+            f"--workdir={directory}: another sweep is at work there; wait for it, or stop it"
+        ) from None
+
+
+def _carry_out(
+    plan: Plan,
+    jobs: Sequence[Job],
+    flags: argparse.Namespace,
+    options: dict[str, Any],
+    command: str,
+) -> int:
+    directory = plan.directory
     start = time.monotonic()
     if flags.executor == "slurm":
-        ended = executors.run_slurm(jobs, directory, options, _say)
+        ended = slurm.run_slurm(jobs, directory, options, _say)
     else:
         ended = executors.run_local(jobs, flags.jobs, _say)
     bad = {label: end for label, end in ended.items() if end[0] not in (DONE, INTERRUPTED)}
@@ -129,9 +162,9 @@ def _run(argv: Sequence[str]) -> int:
     _say(f"{len(ended)} jobs in {duration(time.monotonic() - start)}")
     for label, (status, message) in bad.items():
         print(f"{label}: {status}: {message}", file=sys.stderr)
-    if len(bad) < len(plan.runs):
+    if any(run.results() for run in plan.runs):
         table.write(plan, command, _say)
-    return 1 if bad else 0
+    return 0 if all(run.outcome() == DONE for run in plan.runs) else 1
 
 
 def _overview(plan: Plan, jobs: int) -> str:

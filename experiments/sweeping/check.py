@@ -46,29 +46,52 @@ class Cost:
     disk_bytes: int
 
 
-def open_data(plan: Plan) -> dict[str, int]:
-    """Opens what the runs read; {split: images} of the first cell's data.
+def open_data(plan: Plan) -> dict[str, dict[str, int]]:
+    """Opens all that the runs read; {cell: {split: images}}.
 
     Raises:
-      RequestError: data that are not there, or do not fit; the cell is named.
+      RequestError: data, weights or devices that are not there, or do not fit; the cell is named.
     """
-    opened: dict[str, dict[str, int]] = {}
-    for run in plan.runs:
-        config = run.config(run.stages[-1])
-        wanted = [config.data.split]
-        if any(stage.mode == "evaluate" for stage in run.stages):
-            wanted += [*config.evaluation.split, config.evaluation.reference]
-        key = str((config.data.to_dict(), wanted, config.train.batch_size))
-        if key in opened:
-            continue
-        try:
-            opened[key] = {
-                split: len(open_source(config, split, batch_size=config.train.batch_size))
-                for split in dict.fromkeys(wanted)
-            }
-        except RequestError as error:
-            raise RequestError(f"cell {run.cell.name}: {error}") from error
-    return next(iter(opened.values()), {})
+    sizes: dict[str, dict[str, int]] = {}
+    opened: dict[str, int] = {}
+    for cell in plan.sweep.cells:
+        for run in plan.of(cell)[:1]:
+            sizes[cell.name] = _open(run, opened)
+    return sizes
+
+
+def _open(run: RunPlan, opened: dict[str, int]) -> dict[str, int]:
+    found = {}
+    try:
+        for stage in run.stages:
+            config = run.config(stage)
+            splits = [config.data.split] if stage.mode == "train" else []
+            if stage.mode == "train":
+                make_job(config)
+            elif stage.mode == "evaluate":
+                run.asked(stage)
+                splits = config.evaluation.split
+            for split in splits:
+                key = str((config.data.to_dict(), split, config.train.batch_size))
+                if key not in opened:
+                    batch = config.train.batch_size if stage.mode == "train" else 1
+                    opened[key] = len(open_source(config, split, batch_size=batch))
+                found[split] = opened[key]
+    except RequestError as error:
+        cell = f"cell {run.cell.name}: "
+        raise RequestError(cell + str(error).removeprefix(cell)) from error
+    return found
+
+
+def take_share(num_jobs: int) -> None:
+    """Keeps this process to the part of the machine that one of so many jobs has.
+
+    To be called before JAX has started.
+    """
+    environment, cpus = shares(num_jobs)[0]
+    os.environ.update(environment)
+    if cpus:
+        os.sched_setaffinity(0, cpus)
 
 
 def report(plan: Plan, num_jobs: int, say: Say) -> None:
@@ -77,52 +100,46 @@ def report(plan: Plan, num_jobs: int, say: Say) -> None:
     Raises:
       RequestError: a cell that cannot run.
     """
-    _, cpus = shares(num_jobs)[0]
-    if cpus:  # What a job will have.
-        os.sched_setaffinity(0, cpus)
     sizes = open_data(plan)
-    for run in plan.runs:
-        try:
-            make_job(run.config(run.stages[0]))
-        except RequestError as error:
-            raise RequestError(f"cell {run.cell.name}: {error}") from error
     timed: dict[str, Cost] = {}
     costs: dict[str, Cost] = {}
     for cell in plan.sweep.cells:
         runs = plan.of(cell)
         if runs:
-            costs[cell.name] = _cost(runs[0], sizes, timed)
+            costs[cell.name] = _cost(runs[0], sizes[cell.name], timed)
             say(_line(cell, costs[cell.name], len(runs)))
         else:
             say(f"{cell.name}: skipped: {cell.skip}")
-    every = [costs[run.cell.name] for run in plan.runs]
+    left = [run for run in plan.runs if run.missing()]
+    every = [costs[run.cell.name] for run in left]
     total = sum(c.train_seconds + c.evaluate_seconds for c in every)
     disk = sum(c.disk_bytes for c in every)
+    flops = sum(cost.flops * run.steps for cost, run in zip(every, left, strict=True))
     where = plan.directory
     while not where.exists():
         where = where.parent
     free = shutil.disk_usage(where).free
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
-    devices += f" ({len(os.sched_getaffinity(0))} cores)" if jax.default_backend() == "cpu" else ""
+    if jax.default_backend() == "cpu" and hasattr(os, "sched_getaffinity"):
+        devices += f" ({len(os.sched_getaffinity(0))} cores)"
     rounds = f"one after another on {devices}"
     if num_jobs > 1:
         share = "its own GPU" if visible_gpus() else f"{devices} each"
         rounds = f"{num_jobs} at a time with {share}: about {duration(total / num_jobs)}"
     say(
-        f"{len(plan.runs)} runs, all valid: {total / 3600:.2f} hours of computation, {rounds}; "
-        f"{sum(c.flops * _steps(r) for c, r in zip(every, plan.runs, strict=True)):.3g} FLOPs of "
-        f"training; {disk / 2**30:.2f} GiB of disk, {free / 2**30:.0f} GiB are free"
+        f"{len(plan.runs)} runs, all valid, {len(left)} to do: {total / 3600:.2f} hours of "
+        f"computation, {rounds}; {flops:.3g} FLOPs of training; {disk / 2**30:.2f} GiB of disk, "
+        f"{free / 2**30:.0f} GiB are free"
     )
-    say("(not counted: starting the programs, compiling the evaluation, other feature networks)")
+    say(
+        "(not counted: starting the programs, compiling the evaluation, feature networks and what "
+        "they leave on the disk, evaluation while training)"
+    )
     if disk > free:
         raise RequestError(
             f"--workdir={plan.directory}: {disk / 2**30:.1f} GiB are needed, {free / 2**30:.1f} "
             "GiB are free; choose another disk, or keep fewer checkpoints"
         )
-
-
-def _steps(run: RunPlan) -> int:
-    return run.config(run.stages[0]).train.steps
 
 
 def _line(cell: Cell, cost: Cost, runs: int) -> str:
@@ -140,6 +157,7 @@ def _cost(run: RunPlan, sizes: dict[str, int], timed: dict[str, Cost]) -> Cost:
     learned = config.diffusion.variance in ("learned", "learned_range")
     t, p = config.train, config.parallel
     same = (config.model.to_dict(), image_shape(config), learned, t.objective, t.batch_size)
+    same += (config.evaluation.batch_size,)
     key = str((*same, t.steps_per_call, p.to_dict()))
     if key not in timed:
         timed[key] = _time(config)

@@ -1,13 +1,11 @@
-"""Where a sweep's programs run: here, as Slurm jobs, or where their printed commands are taken."""
+"""Runs a sweep's jobs on this machine, or prints their commands for another."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
-import json
 import os
-import pathlib
 import queue
 import shlex
 import signal
@@ -15,12 +13,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 from etils import epath
 
-from ddpm_jax import files
 from ddpm_jax.config import RequestError
 from ddpm_jax.interruption import EXIT_CODE, Watch
 from ddpm_jax.progress import duration
@@ -37,7 +33,7 @@ def perform(
     environment: dict[str, str] | None = None,
     cpus: Sequence[int] = (),
     stop: Callable[[], bool] = lambda: False,
-    started: Callable[[str, pathlib.Path, subprocess.Popen], None] = lambda *_: None,
+    started: Callable[[str, epath.Path, subprocess.Popen], None] = lambda *_: None,
 ) -> tuple[str, str]:
     """Runs a job's commands in order and records how each ended; (status, message) of the last one.
 
@@ -53,26 +49,28 @@ def perform(
         runs = [run for run in command.runs if command.stage in run.missing()]
         if not runs:
             continue
+        if stop():
+            return INTERRUPTED, f"stopped before {command.stage.name}"
         command = dataclasses.replace(command, runs=runs)
         log = runs[0].log
         began = time.monotonic()
         for run in runs:
             run.path.mkdir(parents=True, exist_ok=True)
         told = functools.partial(started, command.stage.name, log)
-        code, offset = _execute(command.argv, log, environment, cpus, stop, told)
+        code, offset, stopped = _execute(command.argv, log, environment, cpus, stop, told)
         seconds = (time.monotonic() - began) / len(runs)
         printed = lines(log, offset)
         for run in runs:
-            of_run = _outcome(code, run, command.stage, printed)
+            of_run = _outcome(code, stopped, run, command.stage, printed)
             run.write(command.stage, *of_run, seconds)
             status, message = of_run if of_run[0] != DONE or status == DONE else (status, message)
-        if code == EXIT_CODE or all(r.status(command.stage)["status"] != DONE for r in runs):
-            break
+            if of_run[0] == INTERRUPTED:
+                return of_run
     return status, message
 
 
 def _execute(argv, log, environment, cpus, stop, started):
-    """The exit code of a program, and where in the log its output begins."""
+    """A program's exit code, where in the log its output begins, and whether it was stopped."""
     with log.open("ab") as output:
         output.write(f"$ {shlex.join(argv)}\n".encode())
         output.flush()
@@ -100,21 +98,29 @@ def _execute(argv, log, environment, cpus, stop, started):
             program.kill()
             program.wait()
             raise
-    return program.returncode, offset
+    return program.returncode, offset, told
 
 
-def _outcome(code: int, run: RunPlan, stage: Stage, printed: list[str]) -> tuple[str, str]:
+def _outcome(
+    code: int, stopped: bool, run: RunPlan, stage: Stage, printed: list[str]
+) -> tuple[str, str]:
     """(status, message) of a run whose program has ended."""
-    if code == 0 or (stage.mode == "train" and run.trained()):  # Beside a seed that failed.
-        return DONE, ""
-    own = [line for line in printed if f"seed {run.seed}:" in line]
-    line = (own or printed or ["nothing was printed"])[-1].strip().removeprefix("error: ")
-    if code == EXIT_CODE:
+    line = (printed or ["nothing was printed"])[-1].strip().removeprefix("error: ")
+    if code == EXIT_CODE or (stopped and code < 0):  # In the second case before it could listen.
         return INTERRUPTED, line
+    trained = stage.mode != "train" or run.trained()
+    if (code == 0 and trained) or (stage.mode == "train" and trained):  # Beside one that failed.
+        return DONE, ""
+    if code == 0:
+        return FAILED, f"no checkpoint of step {run.steps}"
+    if code < 0:
+        return FAILED, f"killed by {signal.Signals(-code).name} after: {line}"
+    own = [x for x in printed if f"seed {run.seed}:" in x and "not finite" in x]
+    line = own[-1].strip().removeprefix("error: ") if own else line
     return (DIVERGED if "not finite" in line else FAILED), line
 
 
-def lines(log: pathlib.Path, offset: int = 0) -> list[str]:
+def lines(log: epath.Path, offset: int = 0) -> list[str]:
     """What a program printed, a line each, with the empty ones and progress bars' left out."""
     try:
         with log.open("rb") as file:
@@ -125,7 +131,7 @@ def lines(log: pathlib.Path, offset: int = 0) -> list[str]:
     return [x for x in text.replace("\r", "\n").splitlines() if x.strip()]
 
 
-def last_line(log: pathlib.Path) -> str:
+def last_line(log: epath.Path) -> str:
     """The last thing that a log says, from its end alone."""
     with contextlib.suppress(OSError):
         found = lines(log, max(0, log.stat().st_size - 2000))
@@ -141,7 +147,7 @@ class _Slot:
     cpus: Sequence[int]
     job: str = ""
     stage: str = ""
-    log: pathlib.Path | None = None
+    log: epath.Path | None = None
     began: float = 0.0
 
     def line(self) -> str:
@@ -172,7 +178,7 @@ def run_local(jobs: Sequence[Job], num_jobs: int, say: Say) -> dict[str, tuple[s
                 return
             slot.job, slot.began = job.label, time.monotonic()
 
-            def started(stage: str, log: pathlib.Path, _: subprocess.Popen) -> None:
+            def started(stage: str, log: epath.Path, _: subprocess.Popen) -> None:
                 slot.stage, slot.log = stage, log
 
             try:
@@ -185,20 +191,35 @@ def run_local(jobs: Sequence[Job], num_jobs: int, say: Say) -> dict[str, tuple[s
     threads = [threading.Thread(target=work, args=(slot,)) for slot in slots]
     start = time.monotonic()
     display = _Display(len(jobs), start, say)
-    with Watch() as watch:
+    with _hang_up_too(), Watch() as watch:
         for thread in threads:
             thread.start()
-        while any(thread.is_alive() for thread in threads) or not finished.empty():
-            if watch.asked():
-                stopping.set()
-            while not finished.empty():
-                label, result, seconds = finished.get()
-                ended[label] = result
-                display.ended(label, result, seconds)
-            display.update([slot for slot in slots if slot.job], len(ended))
-            time.sleep(POLL_SECONDS)
+        try:
+            while any(thread.is_alive() for thread in threads) or not finished.empty():
+                if watch.asked():
+                    stopping.set()
+                while not finished.empty():
+                    label, result, seconds = finished.get()
+                    ended[label] = result
+                    display.ended(label, result, seconds)
+                display.update([slot for slot in slots if slot.job], len(ended))
+                time.sleep(POLL_SECONDS)
+        finally:  # Whatever happens here, no program is left behind.
+            stopping.set()
+            for thread in threads:
+                thread.join()
     display.close()
     return ended
+
+
+@contextlib.contextmanager
+def _hang_up_too() -> Iterator[None]:
+    """A terminal that is closed stops the programs as SIGTERM does, unless nohup forbids it."""
+    before = signal.getsignal(signal.SIGHUP)
+    if before == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def shares(num_jobs: int) -> list[tuple[dict[str, str], Sequence[int]]]:
@@ -290,94 +311,3 @@ def print_commands(jobs: Sequence[Job], say: Say) -> None:
     """A line a job: its commands, to be run in this folder by whatever runs them."""
     for job in jobs:
         say(" && ".join(shlex.join(["python", *command.argv[1:]]) for command in job.commands))
-
-
-class SlurmJob:
-    """A job as submitit runs it; one that is preempted saves, and is put into the queue again."""
-
-    def __init__(self, job: Job):
-        """See `perform`."""
-        self.job = job
-        self._program: subprocess.Popen | None = None
-
-    def __call__(self) -> tuple[str, str]:
-        def started(stage: str, log: pathlib.Path, program: subprocess.Popen) -> None:
-            self._program = program
-
-        return perform(self.job, started=started)
-
-    def checkpoint(self) -> Any:
-        """What submitit asks for, in a signal's handler, before the time is over."""
-        import submitit
-
-        if self._program is not None:
-            self._program.send_signal(signal.SIGTERM)
-            # Without reaping it: the interrupted `perform` may be about to.
-            os.waitid(os.P_PID, self._program.pid, os.WEXITED | os.WNOWAIT)
-        return submitit.helpers.DelayedSubmission(SlurmJob(self.job))
-
-
-def run_slurm(
-    jobs: Sequence[Job], directory: pathlib.Path, options: dict[str, Any], say: Say
-) -> dict[str, tuple[str, str]]:
-    """Submits jobs through submitit and waits for them; {label: (status, message)}.
-
-    A job that an earlier call submitted and that has not ended is waited for, not submitted again.
-    A signal ends the waiting, not the jobs.
-
-    Args:
-      directory: of the sweep; submitit's files go into its slurm/.
-      options: of submitit's `update_parameters`, e.g. timeout_min, slurm_partition; "cluster"
-        chooses another than Slurm: "local" runs the jobs here.
-    Raises:
-      RequestError: submitit is missing, or refuses an option.
-    """
-    try:
-        import submitit
-    except ImportError:
-        raise RequestError("--executor=slurm needs submitit; pip install -e '.[slurm]'") from None
-    options = dict(options)
-    cluster, folder = options.pop("cluster", "slurm"), directory / "slurm"
-    try:
-        executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
-        executor.update_parameters(name=directory.name, **options)
-    except (RuntimeError, NameError, ValueError, TypeError) as error:
-        raise RequestError(f"submitit: {' '.join(str(error).split())}") from error
-    known = folder / "jobs.json"
-    ids = json.loads(known.read_text()) if known.exists() else {}
-    submitted = {}
-    for job in jobs:
-        before = _unfinished(submitit, folder, ids.get(job.label), cluster)
-        submitted[job.label] = before or executor.submit(SlurmJob(job))
-        ids[job.label] = submitted[job.label].job_id
-        say(f"{job.label}: job {ids[job.label]}{(before and ', submitted before') or ''}")
-        files.replace(epath.Path(known), json.dumps(ids))
-    ended: dict[str, tuple[str, str]] = {}
-    with Watch() as watch:
-        while len(ended) < len(submitted) and not watch.asked():
-            for label, job in submitted.items():
-                if label in ended or not job.done():
-                    continue
-                try:
-                    ended[label] = job.result()
-                except Exception as error:  # Of whatever happened to the job.
-                    ended[label] = FAILED, _reason(error)
-                say(f"{label}: {' '.join(filter(None, ended[label]))}")
-            time.sleep(POLL_SECONDS)
-    if len(ended) < len(submitted):
-        say(f"{len(submitted) - len(ended)} jobs go on; the same command waits for them")
-    return ended
-
-
-def _reason(error: Exception) -> str:
-    """The last line of submitit's account that is not the path of a log."""
-    told = [line.strip() for line in str(error).splitlines()]
-    return next((x for x in reversed(told) if x and not x.startswith(("-", "You"))), repr(error))
-
-
-def _unfinished(submitit: Any, folder: pathlib.Path, job_id: str | None, cluster: str) -> Any:
-    """The job of an earlier call, if Slurm still has it."""
-    if job_id is None or cluster != "slurm":
-        return None
-    job = submitit.SlurmJob(folder, job_id)
-    return None if job.done(force_check=True) else job

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import json
-import pathlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
+from etils import epath
 
 from ddpm_jax import config as config_lib
 from ddpm_jax import files
 from ddpm_jax.config import RequestError
-from ddpm_jax.evaluation.manifest import digest
+from ddpm_jax.evaluation import manifest
+from ddpm_jax.evaluation.evaluators import make_evaluators
+from ddpm_jax.evaluation.manifest import Manifest, Measured, digest
+from ddpm_jax.evaluation.requests import Asked
 from ddpm_jax.runs import HARMLESS, RunDirectory
+from ddpm_jax.training.job import make_job, template
 from experiments.sweeping.cells import Cell, Stage, Sweep
 
 DONE, DIVERGED, FAILED, INTERRUPTED = "done", "diverged", "failed", "interrupted"
@@ -24,14 +30,20 @@ DONE, DIVERGED, FAILED, INTERRUPTED = "done", "diverged", "failed", "interrupted
 
 @dataclasses.dataclass(frozen=True)
 class RunPlan:
-    """A cell at a seed: an ordinary run in `path`."""
+    """A cell at a seed: an ordinary run in `path`.
+
+    Attributes:
+      overrides: all of them: the sweep's, the command line's, the cell's and the seed.
+      configs: the valid config of each stage by its name, as it was when the sweep was planned.
+    """
 
     cell: Cell
     seed: int
-    path: pathlib.Path
-    overrides: Mapping[str, Any]  # All of them: the sweep's, the command line's, the cell's, seed.
+    path: epath.Path
+    overrides: Mapping[str, Any]
     config_file: str
     stages: Sequence[Stage]
+    configs: Mapping[str, ml_collections.ConfigDict]
 
     @property
     def label(self) -> str:
@@ -39,19 +51,8 @@ class RunPlan:
         return f"{self.cell.name}/seed{self.seed}"
 
     def config(self, stage: Stage) -> ml_collections.ConfigDict:
-        """The valid config of a stage.
-
-        Raises:
-          RequestError: names the cell.
-        """
-        try:
-            config = config_lib.load_file(self.config_file)
-            for key, value in {**self.overrides, **stage.overrides}.items():
-                config_lib.override(config, key, value)
-            config_lib.validate(config)
-        except RequestError as error:
-            raise RequestError(f"cell {self.cell.name}: {error}") from error
-        return config
+        """The config of a stage."""
+        return self.configs[stage.name]
 
     def argv(self, stage: Stage, together: Sequence[int] = ()) -> list[str]:
         """The command of a stage; of all the seeds `together` in one program, if given."""
@@ -70,12 +71,12 @@ class RunPlan:
         ]
 
     @property
-    def record(self) -> pathlib.Path:
+    def record(self) -> epath.Path:
         """The file that says which stages have ended, and how."""
         return self.path / "sweep.json"
 
     @property
-    def log(self) -> pathlib.Path:
+    def log(self) -> epath.Path:
         """What the run's programs printed."""
         return self.path / "sweep.log"
 
@@ -93,23 +94,62 @@ class RunPlan:
         return digest(stage.mode, config.to_dict())
 
     def status(self, stage: Stage) -> dict[str, Any] | None:
-        """How the stage ended, if it did under this very config and its outcome is there."""
-        entry = _read(self.record).get(stage.name)
-        if entry is None or entry["key"] != self.key(stage):
-            return None
-        if stage.mode == "train" and entry["status"] == DONE and not self.trained():
-            return None
-        return entry
+        """How the stage ended, if it did under this very config and its outcome is there.
+
+        What another program has done without a record (printed commands, say) counts as well.
+        """
+        entry = read(self.record).get(stage.name)
+        if entry is not None and entry["key"] == self.key(stage):
+            done = entry["status"] == DONE
+            return None if done and stage.mode == "train" and not self.trained() else entry
+        there = self.trained() if stage.mode == "train" else self.evaluated(stage)
+        return {"status": DONE, "message": ""} if there else None
 
     def trained(self) -> bool:
         """Whether the checkpoint of the last step is there."""
-        steps = self.config(self.stages[0]).train.steps
-        return (self.path / "checkpoints" / str(steps)).exists()
+        return (self.path / "checkpoints" / str(self.steps)).exists()
 
-    def ended(self, stage: Stage) -> bool:
-        """Whether there is nothing left to do: done, or diverged, which it would do again."""
-        entry = self.status(stage)
-        return entry is not None and entry["status"] in (DONE, DIVERGED)
+    @property
+    def steps(self) -> int:
+        """The optimizer steps of its training."""
+        return self.config(self.stages[0]).train.steps
+
+    def evaluated(self, stage: Stage) -> bool:
+        """Whether all results that the stage asks for are there."""
+        return stage.mode == "evaluate" and {*self.asked(stage)} <= {*self.results()}
+
+    def asked(self, stage: Stage) -> dict[str, Asked]:
+        """The results of a stage of evaluation by name, with their protocols.
+
+        Raises:
+          RequestError: names the cell: data or weights are missing, or do not fit.
+        """
+        config = copy.deepcopy(self.config(stage))
+        config.seed = 0  # One answer for all seeds.
+        try:
+            return _asked(config_lib.to_json(config))
+        except RequestError as error:
+            raise RequestError(f"cell {self.cell.name}: {error}") from error
+
+    def results(self) -> dict[str, Manifest]:
+        """The newest results by name of those measured as the stages say, at the last step."""
+        asked: dict[str, Asked] = {}
+        for stage in self.stages:
+            asked |= self.asked(stage) if stage.mode == "evaluate" else {}
+        found: dict[str, Manifest] = {}
+        for path in RunDirectory.of(self.path).evaluation.glob("step*.json"):
+            try:
+                m = manifest.load(path)
+            except ValueError:  # Damaged: the evaluation measures it again.
+                continue
+            if m.name not in asked or not _alike(m.measured, asked[m.name]):
+                continue
+            newest = config_lib.get(self.config(self.stages[-1]), "evaluation.checkpoint")
+            if newest == "newest" and m.subject["checkpoint"] != self.steps:
+                continue
+            if m.name not in found or found[m.name].provenance["time"] < m.provenance["time"]:
+                found[m.name] = m
+        return found
 
     def missing(self) -> list[Stage]:
         """The stages still to run, in order; none after one that diverged."""
@@ -134,7 +174,7 @@ class RunPlan:
 
     def write(self, stage: Stage, status: str, message: str, seconds: float) -> None:
         """Records how a stage ended; seconds add up over its attempts."""
-        record = _read(self.record)
+        record = read(self.record)
         key = self.key(stage)
         before = record.get(stage.name, {})
         spent = before.get("seconds", 0.0) if before.get("key") == key else 0.0
@@ -155,7 +195,22 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def _read(path: pathlib.Path) -> dict[str, Any]:
+@functools.cache
+def _asked(config: str) -> dict[str, Asked]:
+    job = make_job(config_lib.from_json(config))
+    evaluators = make_evaluators(template(job), lambda line: None)
+    return {name: asked for e in evaluators for name, asked in e.asked.items()}
+
+
+def _alike(measured: Measured, asked: Asked) -> bool:
+    """Whether a result is the one asked for, whatever its seed and what chose the checkpoint."""
+    own = {**measured.protocol, "checkpoint": None}, {**measured.estimator, "seed": None}
+    other = {**asked.protocol, "checkpoint": None}, {**asked.estimator, "seed": None}
+    return digest(*own) == digest(*other)
+
+
+def read(path: epath.Path) -> dict[str, Any]:
+    """The JSON object in a file; an empty one where there is none, or it is damaged."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -167,7 +222,7 @@ class Plan:
     """All runs of a sweep, those of skipped cells left out."""
 
     sweep: Sweep
-    directory: pathlib.Path
+    directory: epath.Path
     seeds: Sequence[int]
     runs: Sequence[RunPlan]
 
@@ -178,7 +233,7 @@ class Plan:
 
 def make_plan(
     sweep: Sweep,
-    directory: pathlib.Path,
+    directory: epath.Path,
     seeds: Sequence[int],
     overrides: Sequence[tuple[str, str]] = (),
 ) -> Plan:
@@ -192,6 +247,10 @@ def make_plan(
         a run of another config.
     """
     common = {**sweep.overrides, **dict(overrides)}
+    for stage in sweep.stages:
+        own = sorted({*stage.overrides} & {key for key, _ in overrides})
+        if own:
+            raise RequestError(f"--config.{own[0]}: stage {stage.name} sets that itself")
     runs = []
     for cell in sweep.cells:
         own = sorted({*cell.overrides} & {key for key, _ in overrides})
@@ -204,14 +263,40 @@ def make_plan(
         for seed in seeds:
             path = directory / cell.name / f"seed{seed}"
             values = {**common, **cell.overrides, "seed": seed}
-            runs.append(RunPlan(cell, seed, path, values, sweep.config, sweep.stages))
+            configs = {s.name: _config(sweep.config, values, s, cell) for s in sweep.stages}
+            runs.append(RunPlan(cell, seed, path, values, sweep.config, sweep.stages, configs))
     for run in runs:
-        for stage in run.stages:
-            config = run.config(stage)
-            where = RunDirectory.of(run.path)
-            if where.config.exists():
-                where.check_resumable(config)
+        _check_directory(run)
     return Plan(sweep, directory, seeds, runs)
+
+
+def _config(
+    file: str, overrides: Mapping[str, Any], stage: Stage, cell: Cell
+) -> ml_collections.ConfigDict:
+    try:
+        config = config_lib.load_file(file)
+        for key, value in {**overrides, **stage.overrides}.items():
+            config_lib.override(config, key, value)
+        config_lib.validate(config)
+    except RequestError as error:
+        raise RequestError(f"cell {cell.name}: {error}") from error
+    return config
+
+
+def _check_directory(run: RunPlan) -> None:
+    """Refuses the directory of a run of another config, or of one that has gone further."""
+    where = RunDirectory.of(run.path)
+    if not where.config.exists():
+        return
+    for stage in run.stages:
+        where.check_resumable(run.config(stage))
+    there = where.checkpoints.iterdir() if where.checkpoints.exists() else ()
+    steps = [int(path.name) for path in there if path.name.isdigit()]
+    if steps and max(steps) > run.steps:
+        raise RequestError(
+            f"{run.path} has been trained for {max(steps)} steps, more than "
+            f"train.steps={run.steps}; choose another --workdir, or as many steps"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

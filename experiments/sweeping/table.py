@@ -8,17 +8,16 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ddpm_jax import files
+from ddpm_jax import files, parts
 from ddpm_jax.config import RequestError
 from ddpm_jax.evaluation import manifest
 from ddpm_jax.evaluation.manifest import Manifest, Measured
 from ddpm_jax.progress import duration
 from ddpm_jax.runs import RunDirectory
 from ddpm_jax.training import metrics
-from experiments import compare
 from experiments.common import to_csv, to_png
-from experiments.sweeping.cells import Cell
-from experiments.sweeping.plan import DONE, Plan, RunPlan
+from experiments.sweeping.cells import Cell, Stage
+from experiments.sweeping.plan import DIVERGED, DONE, Plan, RunPlan, read
 
 Row = dict[str, Any]
 WIDE = 30  # A ratio of values from which on an axis is logarithmic.
@@ -30,7 +29,7 @@ def write(plan: Plan, command: str, say: Callable[[str], None]) -> None:
     Raises:
       RequestError: nothing is there yet.
     """
-    found = {run.label: results(run) for run in plan.runs}
+    found = {run.label: run.results() for run in plan.runs}
     rows = [row(run, found[run.label]) for run in plan.runs]
     columns = columns_of(plan, rows)
     if not any(value is not None for r in rows for value in _values(r, columns)):
@@ -38,26 +37,23 @@ def write(plan: Plan, command: str, say: Callable[[str], None]) -> None:
     keys = list(dict.fromkeys(key for r in rows for key in r))
     directory = RunDirectory.of(plan.directory).path
     files.replace(directory / "results.csv", to_csv([{k: r.get(k) for k in keys} for r in rows]))
-    text = markdown(plan, rows, columns, command, unlike(found))
+    machines = "; ".join(
+        dict.fromkeys(
+            f"measured on {m.provenance['devices']}, jax {m.provenance['versions']['jax']}"
+            for results in found.values()
+            for m in results.values()
+        )
+    )
+    text = markdown(plan, rows, columns, command, machines, unlike(found))
     files.replace(directory / "results.md", text)
     files.replace(directory / "results.png", figure(plan, rows, columns))
     say(text)
     say(f"{directory / 'results.csv'}, results.md, results.png")
 
 
-def results(run: RunPlan) -> dict[str, Manifest]:
-    """The run's results by name, the newest of each that its newest checkpoint has."""
-    try:
-        found = compare.read(str(run.path))
-    except RequestError:
-        return {}
-    newest = max((m.subject["checkpoint"] for m in found.values()), default=0)
-    return {name: m for name, m in found.items() if m.subject["checkpoint"] == newest}
-
-
 def row(run: RunPlan, found: Mapping[str, Manifest]) -> Row:
     """A run's line: cell, seed, status, seconds, overrides, results and errors, stability."""
-    record = json.loads(run.record.read_text()) if run.record.exists() else {}
+    record = read(run.record)
     line: Row = {"cell": run.cell.name, "seed": run.seed, "status": run.outcome()}
     for stage in run.stages:
         line[f"{stage.name}_seconds"] = record.get(stage.name, {}).get("seconds")
@@ -67,11 +63,34 @@ def row(run: RunPlan, found: Mapping[str, Manifest]) -> Row:
         line[f"{name}_error"] = m.measured.standard_error
         if "outside" in m.measured.details:
             line["outside"] = float(m.measured.details["outside"])
+    for stage in run.stages:
+        if stage.mode == "sample":
+            line[f"outside_{stage.name}"] = drawn_outside(run, stage)
     return line | stability(run)
 
 
+def drawn_outside(run: RunPlan, stage: Stage) -> float | None:
+    """The share of values out of range among the samples of a stage, if they are there."""
+    config = run.config(stage)
+    how = config.sample
+    asked = {
+        "checkpoint": run.steps,
+        "sampler": how.method,
+        "steps": how.steps or config.diffusion.num_steps,
+        "eta": how.eta,
+        "clip": how.clip,
+        "count": how.count,
+    }
+    for path in RunDirectory.of(run.path).samples.glob("*.npz"):
+        arrays = parts.read(path, ("outside", "protocol"))
+        protocol = json.loads(str(arrays["protocol"])) if arrays else {}
+        if asked.items() <= protocol.items():
+            return float(arrays["outside"].mean())
+    return None
+
+
 def stability(run: RunPlan) -> Row:
-    """Of training: steps that were not finite, and the largest gradient norm after the warm-up.
+    """Of training: whether it diverged, and the largest gradient norm after the warm-up.
 
     The norm is the largest mean over train.log_every steps, before clipping.
     """
@@ -80,8 +99,8 @@ def stability(run: RunPlan) -> Row:
         return {}
     warm = run.config(run.stages[0]).train.warmup_steps
     norms = [r["grad_norm"] for r in metrics.read(path) if "grad_norm" in r and r["step"] > warm]
-    bad = int(run.outcome().startswith("diverged"))
-    return {"nonfinite_steps": bad, "grad_norm_max": max(norms, default=None)}
+    diverged = run.outcome().startswith(DIVERGED)
+    return {"diverged": int(diverged), "grad_norm_max": max(norms, default=None)}
 
 
 def unlike(found: Mapping[str, Mapping[str, Manifest]]) -> list[str]:
@@ -120,6 +139,8 @@ def spread(values: Sequence[float]) -> str:
     """Mean ± standard deviation over seeds; of one seed the value alone."""
     if not values:
         return ""
+    if not all(map(math.isfinite, values)):
+        return "not finite"
     deviation = statistics.stdev(values) if len(values) > 1 else None
     mean = statistics.fmean(values)
     return Measured(mean, deviation).text() if deviation else f"{mean:.4g}"
@@ -130,6 +151,7 @@ def markdown(
     rows: Sequence[Row],
     columns: Mapping[str, str],
     command: str,
+    machines: str,
     notes: Sequence[str],
 ) -> str:
     """results.md: a table a group, the paper's numbers beside, and what was run on what."""
@@ -147,13 +169,13 @@ def markdown(
     )
     lines.append(
         f"{seeds}; results.csv has every run with its standard errors. Out of range: the share of "
-        "sampled values more than half a level beyond [−1, 1], before rounding."
+        "sampled values more than half a level beyond [−1, 1], before rounding. Largest gradient "
+        "norm: of the means over train.log_every steps after the warm-up, before clipping."
     )
     stages = [stage.name for stage in plan.sweep.stages]
     spent = [sum(r.get(f"{stage}_seconds") or 0 for r in rows) for stage in stages]
     each = ", ".join(f"{s} {duration(t)}" for s, t in zip(stages, spent, strict=True))
-    versions = manifest.provenance()["versions"]
-    lines.append(f"Programs' time: {duration(sum(spent))} ({each}); jax {versions['jax']}.")
+    lines.append(f"Programs' time: {duration(sum(spent))} ({each}); {machines}.")
     lines += [*plan.sweep.notes, *notes]
     return "\n".join(lines) + "\n"
 
@@ -171,7 +193,7 @@ def _line(
     if cell.skip:
         entries = [f"skipped: {cell.skip}", *[""] * (len(columns) - 1)]
         return f"| {cell.name} | 0 | {' | '.join([*entries, *beside])} |"
-    entries = [spread([r[name] for r in own if r.get(name) is not None]) for name in columns]
+    entries = [spread([r[name] for r in good if r.get(name) is not None]) for name in columns]
     bad = {r["status"].partition(":")[0] for r in own} - {DONE}
     count = f"{len(good)}" if not bad else f"{len(good)} of {len(own)} ({', '.join(sorted(bad))})"
     return f"| {cell.name} | {count} | {' | '.join([*entries, *beside])} |"

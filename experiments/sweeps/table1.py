@@ -2,7 +2,7 @@
 
     python -m experiments.sweep --sweep=experiments/sweeps/table1.py:cifar10 --workdir=runs/table1
 
-Variants as in table2.py; its runs of the same two cells are used where --workdir is the same.
+Variants as in table2.py, of which these are two cells.
 """
 
 import dataclasses

@@ -62,7 +62,13 @@ COLUMNS = {
     "rate_test": "rate",
     "distortion_test": "distortion",
 }
-STABILITY = {"outside": "out of range", "grad_norm_max": "largest gradient norm"}
+STABILITY = {
+    "outside": "out of range",
+    "outside_unclipped": "out of range, unclipped",
+    "grad_norm_max": "largest gradient norm",
+}
+# What clipping x̂_0 would hide, of the predictions that it is done for.
+UNCLIPPED = Stage("sample", {"sample.clip": False, "sample.count": 128}, name="unclipped")
 
 
 def cell(prediction: str, objective: str, variance: str, **paper: str) -> Cell:
@@ -108,7 +114,11 @@ def get_sweep(variant: str = "") -> Sweep:
         config=config,
         overrides=overrides,
         groups={"the paper's six": PAPER, "beyond": BEYOND},
-        stages=(Stage("train"), Stage("evaluate")),
+        stages=(Stage("train"), Stage("evaluate"), UNCLIPPED),
         columns={**COLUMNS, **quality, **STABILITY},
-        notes=("The paper's numbers are of CIFAR-10 (Table 2); “–”: unstable, or poor samples.",),
+        notes=(
+            "Clipping x̂_0, as in sampling and evaluation, keeps all but mu within the range; "
+            "`unclipped` are 128 samples without it.",
+            "The paper's numbers are of CIFAR-10 (Table 2); “–”: unstable, or poor samples.",
+        ),
     )

@@ -78,6 +78,8 @@ def test_a_trained_run_is_not_trained_again(tmp_path, steps, capsys):
         (["--only=interpolations"], "choose from sample_quality, progressive_coding"),
         (["--config.train.stepz=1"], "did you mean train.steps"),
         (["--nonsense"], "unknown argument --nonsense"),
+        (["--mode=check"], "unknown argument --mode=check"),
+        (["--config.evaluation.metrics=fid"], "weights"),
     ],
 )
 def test_a_bad_request_is_one_line(tmp_path, steps, capsys, flags, message):
@@ -90,8 +92,16 @@ def test_a_bad_request_is_one_line(tmp_path, steps, capsys, flags, message):
 def test_every_figure_is_an_experiment_that_runs_from_a_run(tmp_path, capsys):
     found = paper.steps_of("C", str(tmp_path), ["--config.seed=1"], paper.FIGURES)
     assert [*found] == ["train", "evaluate", *paper.FIGURES, "report"]
+    assert found["train"][1] == [
+        "--config=C",
+        f"--workdir={tmp_path}",
+        "--config.seed=1",
+        "--mode=train",
+    ]
+    assert found["evaluate"][1][-1] == "--mode=evaluate"
     for name in paper.FIGURES:
         main, arguments = found[name]
+        assert arguments == [f"--run={tmp_path}", "--config.seed=1"]
         assert main is importlib.import_module(f"experiments.{name}").main
         assert main(arguments) == 2  # There is no run, and it says so.
         assert capsys.readouterr().err == (

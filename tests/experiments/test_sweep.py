@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import fcntl
 import io
 import json
 import os
@@ -24,7 +25,18 @@ from ddpm_jax.evaluation import manifest
 from ddpm_jax.evaluation.manifest import Manifest, Measured
 from ddpm_jax.runs import RunDirectory
 from experiments import sweep as program
-from experiments.sweeping import Cell, Stage, Sweep, check, executors, plan, product, table, zipped
+from experiments.sweeping import (
+    Cell,
+    Stage,
+    Sweep,
+    check,
+    executors,
+    plan,
+    product,
+    slurm,
+    table,
+    zipped,
+)
 from experiments.sweeping.cells import load_sweep
 
 DIGITS = f"{ROOT}/configs/digits.py"
@@ -307,6 +319,68 @@ def test_a_signal_lets_every_program_save(tmp_path):
     assert planned.runs[0].missing() == [planned.runs[0].stages[0]]
 
 
+def test_a_signal_before_the_program_can_listen(tmp_path):
+    """It is killed by the signal, and the next stage does not start."""
+    run = make(tmp_path, [Cell(EPS)]).runs[0]
+    job = plan.Job(
+        run.label, [Script(stage, [run], "import time; time.sleep(60)") for stage in run.stages]
+    )
+    asked = threading.Event()
+    result = []
+    thread = threading.Thread(
+        target=lambda: result.append(executors.perform(job, stop=asked.is_set))
+    )
+    thread.start()
+    while not run.log.exists():
+        time.sleep(0.02)
+    asked.set()
+    thread.join()
+    assert result[0][0] == "interrupted"
+    assert run.missing() == [*run.stages]
+
+
+def test_interrupted_after_the_last_checkpoint_is_not_done(tmp_path):
+    """The last pictures are still to be drawn."""
+    run = make(tmp_path, [Cell(EPS)]).runs[0]
+    job = plan.Job(run.label, [Script(run.stages[0], [run], DO + "; sys.exit(75)")])
+    assert executors.perform(job)[0] == "interrupted"
+    assert run.missing() == [*run.stages]
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import os; print('step 7'); os.kill(os.getpid(), 9)", "killed by SIGKILL after: "),
+        ("pass", "no checkpoint of step 2600"),
+    ],
+)
+def test_ends_that_explain_themselves(tmp_path, code, message):
+    run = make(tmp_path, [Cell(EPS)]).runs[0]
+    job = plan.Job(run.label, [Script(run.stages[0], [run], code)])
+    status, told = executors.perform(job)
+    assert status == "failed" and told.startswith(message)
+
+
+def test_one_seeds_failing_evaluation_leaves_the_others(tmp_path):
+    planned = make(tmp_path, [Cell(EPS)], seeds=range(3))
+    for run in planned.runs:
+        finish(run, run.stages[0])
+    codes = ["", "raise SystemExit('error: full')", ""]
+    commands = [
+        Script(run.stages[1], [run], code) for run, code in zip(planned.runs, codes, strict=True)
+    ]
+    assert executors.perform(plan.Job("eps", commands)) == ("failed", "full")
+    assert [run.outcome() for run in planned.runs] == ["done", "failed: full", "done"]
+
+
+def test_a_second_sweep_in_the_same_directory_is_refused(tmp_path, capsys):
+    file = sweep_file(tmp_path, f"return Sweep('T', {DIGITS!r}, {{'g': [Cell({{}})]}})")
+    with (tmp_path / "sweep.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert program.main([f"--sweep={file}", f"--workdir={tmp_path}"]) == 2
+    assert "another sweep is at work there" in capsys.readouterr().err
+
+
 def test_of_seeds_together_each_has_its_own_end(tmp_path):
     planned = make(tmp_path, [Cell(EPS)], seeds=range(3), stages=[Stage("train")])
     code = (
@@ -356,13 +430,13 @@ def test_slurm_by_submitits_local_executor(tmp_path, monkeypatch):
     jobs = [plan.Job(job.label, [Refused(c.stage, c.runs) for c in job.commands]) for job in jobs]
     said = []
     options = {"cluster": "local", "timeout_min": 5}
-    ended = executors.run_slurm(jobs, tmp_path, options, said.append)
+    ended = slurm.run_slurm(jobs, tmp_path, options, said.append)
     assert {status for status, _ in ended.values()} == {"failed"}
     messages = [message for _, message in ended.values()]
     assert messages == ["unknown argument --nonsense; see --help"] * 2
     assert all(run.log.exists() for run in planned.runs)
     with pytest.raises(RequestError, match=r"submitit: .*no_such_option"):
-        executors.run_slurm(jobs, tmp_path, {"cluster": "local", "no_such_option": 1}, said.append)
+        slurm.run_slurm(jobs, tmp_path, {"cluster": "local", "no_such_option": 1}, said.append)
 
 
 class Refused(plan.Command):
@@ -377,14 +451,14 @@ def test_a_preempted_job_saves_and_is_submitted_again(tmp_path):
     submitit = pytest.importorskip("submitit")
     planned = make(tmp_path, [Cell(EPS)], stages=[Stage("train")])
     (job,) = scripts(planned, [SAVES])
-    slurm = executors.SlurmJob(job)
+    submitted = slurm.SlurmJob(job)
     result = []
-    thread = threading.Thread(target=lambda: result.append(slurm()))
+    thread = threading.Thread(target=lambda: result.append(submitted()))
     thread.start()
     log = planned.runs[0].log
     while not (log.exists() and "ready" in executors.last_line(log)):
         time.sleep(0.05)
-    again = slurm.checkpoint()
+    again = submitted.checkpoint()
     thread.join()
     assert result == [("interrupted", "stopped at step 7")]
     assert isinstance(again, submitit.helpers.DelayedSubmission)
@@ -425,20 +499,25 @@ RNG = np.random.default_rng(0)
 VALUES = RNG.normal(4, 0.1, (2, 3))
 
 
-def measured(planned, skip=(), protocol=None):
+def measured(planned, skip=(), step=2600, values=VALUES):
     """Manifests of runs, by hand."""
-    for (i, cell), run in (
-        (c, r) for c in enumerate(planned.sweep.cells) for r in planned.of(c[1])
-    ):
-        if run.label in skip:
-            continue
-        for stage in run.stages:
-            finish(run, stage)
-        own = (protocol or {}).get(cell.name, {"n": 256})
-        value = Measured(VALUES[i, run.seed], 0.02, "bits/dim", "lower", own, {}, {"outside": 0.25})
-        subject = {"checkpoint": 2600, "config": run.config(run.stages[0]).to_dict()}
-        path = RunDirectory.of(run.path).evaluation / "step2600_bits_per_dim_test_x.json"
-        manifest.save(path, Manifest("bits_per_dim_test", value, subject, manifest.provenance(1)))
+    for i, cell in enumerate(planned.sweep.cells):
+        for run in planned.of(cell):
+            if run.label in skip:
+                continue
+            for stage in run.stages:
+                finish(run, stage)
+            asked = run.asked(run.stages[1])["bits_per_dim_test"]
+            details = {"outside": 0.25}
+            estimator = asked.estimator | {"seed": run.seed}
+            number = Measured(
+                values[i, run.seed], 0.02, "bits/dim", "lower", asked.protocol, estimator, details
+            )
+            subject = {"checkpoint": step, "config": run.config(run.stages[0]).to_dict()}
+            name = f"step{step}_bits_per_dim_test_{asked.protocol['images']}.json"
+            path = RunDirectory.of(run.path).evaluation / name
+            kept = Manifest("bits_per_dim_test", number, subject, manifest.provenance(1))
+            manifest.save(path, kept)
 
 
 def test_the_table_is_means_and_deviations_over_seeds(tmp_path):
@@ -474,16 +553,86 @@ def test_the_table_is_means_and_deviations_over_seeds(tmp_path):
 
 
 def test_the_table_tells_what_is_missing_or_unlike(tmp_path):
-    planned = make(tmp_path, [Cell(EPS), Cell({"diffusion.prediction": "v"})], seeds=range(3))
+    other = Cell({"diffusion.prediction": "v", "evaluation.max_images": 128})
+    planned = make(tmp_path, [Cell(EPS), other], seeds=range(3))
     with pytest.raises(RequestError, match="no run has results yet"):
         table.write(planned, "c", lambda line: None)
     assert not list(tmp_path.iterdir())
-    measured(planned, skip=["v/seed1"], protocol={"v": {"n": 128}})
+    measured(planned, skip=["v-max_images=128/seed1"])
     finish(planned.runs[4], planned.runs[4].stages[0], plan.DIVERGED, "not finite")
     table.write(planned, "c", lambda line: None)
     text = (tmp_path / "results.md").read_text()
-    assert "| v | 2 of 3 (diverged) |" in text
-    assert "bits_per_dim_test was not measured alike: n differ." in text
+    assert "| v-max_images=128 | 2 of 3 (diverged) |" in text
+    assert "bits_per_dim_test was not measured alike: " in text and "images" in text
+
+
+def test_results_of_other_settings_are_not_shown(tmp_path):
+    """Of fewer images, of an earlier step, or damaged."""
+    cells = [Cell(EPS, name="a"), Cell({"diffusion.prediction": "v"}, name="b")]
+    few = make(tmp_path, cells, overrides=[("evaluation.max_images", "100")])
+    measured(few, values=VALUES + 1)
+    planned = make(tmp_path, cells)
+    assert [run.results() for run in planned.runs] == [{}, {}]
+    measured(planned)
+    measured(planned, step=1300, values=VALUES + 2)
+    (planned.runs[1].path / "evaluation" / "step2600_x.json").write_text("{")
+    for k, run in enumerate(planned.runs):
+        assert {name: float(m.measured) for name, m in run.results().items()} == {
+            "bits_per_dim_test": VALUES[k, 0]
+        }
+    assert float(few.runs[0].results()["bits_per_dim_test"].measured) == VALUES[0, 0] + 1
+
+
+def test_what_printed_commands_have_done_counts(tmp_path):
+    settings = {"evaluation.metrics": ("bits_per_dim",), "evaluation.split": ("test",)}
+    planned = make(tmp_path, [Cell(EPS)], overrides=list(settings.items()))
+    (run,) = planned.runs
+    (run.path / "checkpoints" / "2600").mkdir(parents=True)
+    assert [stage.name for stage in run.missing()] == ["evaluate"]
+    asked = run.asked(run.stages[1])
+    for name, one in asked.items():
+        number = Measured(1.0, 0.1, protocol=one.protocol, estimator=one.estimator)
+        kept = Manifest(name, number, {"checkpoint": 2600}, manifest.provenance(1))
+        manifest.save(RunDirectory.of(run.path).evaluation / f"step2600_{name}.json", kept)
+    assert len(asked) == 5 and run.missing() == [] and run.outcome() == "done"
+
+
+def test_a_run_that_went_further_is_refused(tmp_path):
+    run = make(tmp_path, [Cell(EPS)]).runs[0]
+    RunDirectory.of(run.path).save_config(run.config(run.stages[0]))
+    (run.path / "checkpoints" / "5200").mkdir(parents=True)
+    with pytest.raises(RequestError, match=r"trained for 5200 steps, more than train.steps=2600"):
+        make(tmp_path, [Cell(EPS)])
+
+
+def test_configs_are_those_of_the_planning(tmp_path):
+    file = tmp_path / "mine.py"
+    text = pathlib.Path(DIGITS).read_text()
+    file.write_text(text)
+    one = Sweep("T", str(file), {"all": [Cell(EPS)]})
+    (run,) = plan.make_plan(one, tmp_path, [0]).runs
+    before = run.key(run.stages[0])
+    file.write_text(text.replace("batch_size=64", "batch_size=32"))
+    assert run.key(run.stages[0]) == before
+    assert run.config(run.stages[0]).train.batch_size == 64
+
+
+def test_the_figure_has_every_seed_in_its_cells_row(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(table, "to_png", lambda f: figures.append(f) or b"")
+    planned = make(tmp_path, [Cell(EPS), Cell({"diffusion.prediction": "v"})], seeds=range(3))
+    measured(planned)
+    table.write(planned, "c", lambda line: None)
+    (whole,) = figures
+    assert isinstance(whole, Figure)
+    panel = next(axes for axes in whole.axes if axes.get_title() == "bits_per_dim_test")
+    dots = {
+        line.get_ydata()[0]: line.get_xdata() for line in panel.lines if len(line.get_xdata()) == 3
+    }
+    np.testing.assert_allclose([dots[0], dots[1]], VALUES, rtol=1e-12)
+    assert [t.get_text() for t in whole.axes[0].get_yticklabels()] == ["eps", "v"]
 
 
 def test_stability_is_read_from_training(tmp_path):
@@ -494,7 +643,7 @@ def test_stability_is_read_from_training(tmp_path):
     ]
     text = "".join(json.dumps(record) + "\n" for record in records)
     RunDirectory.of(run.path).metrics.write_text(text)
-    assert table.stability(run) == {"nonfinite_steps": 0, "grad_norm_max": 4.0}  # Warm-up: 100.
+    assert table.stability(run) == {"diverged": 0, "grad_norm_max": 4.0}  # Warm-up: 100.
 
 
 @pytest.mark.parametrize(
