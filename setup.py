@@ -48,6 +48,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.8",
             "scikit-learn>=1.5",
+            "submitit>=1.5",
             "tensorboard>=2.18",
         ],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
