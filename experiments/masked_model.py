@@ -159,7 +159,7 @@ class Trainer:
             if key.partition(".")[0] in groups and key not in runs.HARMLESS
         }
         data = reference.data_protocol(source, 0)
-        key = manifest.digest(common.VERSION, settings, data, model.masking.order.tolist())
+        key = manifest.digest(common.VERSION, settings, data)
         self.path: epath.Path = study.directory.path / study.name / f"{study.flags.order}_{key}"
         self._checkpoints = Checkpoints(self.path / "checkpoints", config.train.keep_checkpoints)
         newest = max(self._checkpoints.steps(), default=0)
