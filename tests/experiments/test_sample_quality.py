@@ -170,19 +170,19 @@ def kd(x, y):
     return within(x) + within(y) - 2 * kernel(x, y).mean()
 
 
-@pytest.mark.parametrize("count", [256, 40])
+@pytest.mark.parametrize("count", [256, 200])
 def test_real_images_are_measured_at_equal_number(made, tmp_path, count):
     """Of more samples than the 256 held-out images in lines at 256, of fewer in their own."""
     workdir = made
-    if count == 40:
+    if count == 200:
         workdir = shutil.copytree(made, tmp_path / "run")
         shutil.rmtree(workdir / "samples")
-        flags = ["--config.evaluation.count=40", "--config.evaluation.metrics=fd_pixels,kd_pixels"]
+        flags = ["--config.evaluation.count=200", "--config.evaluation.metrics=fd_pixels,kd_pixels"]
         assert make(workdir, *flags) == 0
     rows = table(workdir)
     (path,) = (workdir / "samples").glob("*.npz")
     samples = flat(generation.load_images(path)[0])
-    assert len(samples) == (300 if count == 256 else 40)
+    assert len(samples) == (300 if count == 256 else 200)
     config = runs.RunDirectory.of(workdir).load_config()
     test, real = (flat(open_source(config, s).images(slice(None))) for s in ("test", "train"))
     test = test[np.arange(count) * 256 // count]
