@@ -32,6 +32,7 @@ STUDIES = {
     "nearest_neighbors": "samples with their nearest training images",
     "sample_quality": "sample quality with its protocol",
     "fixed_variance_cost": "what the fixed choices of Σ cost, for each t",
+    "autoregressive": "an autoregressive model as a diffusion that masks coordinates",
 }
 QUALITY = ("fid50k", "fd_inception", "fd_effnet", "kd_inception", "kd_effnet", "fd_pixels", "kd_")
 FRAME_BYTES = 12 * 2**20  # Of x̂_0 before compression; what is beyond is thinned out.

@@ -95,7 +95,8 @@ def full_run(path):
     add_bound(directory)
     add_path(directory)
     add_coding(directory)
-    add_study(directory, "other", HOSTILE, f"x,y\n{HOSTILE.replace(chr(34), '')},1\n")
+    wide = ",".join(f"a_rather_long_name_{k}" for k in range(12))
+    add_study(directory, "other", HOSTILE, f"{wide}\n{HOSTILE.replace(chr(34), '')},1\n")
     directory.provenance.write_text(
         json.dumps([{"from_step": 0, "commit": "abc-dirty", "command": f"python {HOSTILE}"}])
     )
@@ -116,9 +117,10 @@ def make_sweep(path, cells=("eps-simple", "mu-vlb-learned"), seeds=(0, 1)):
             values = ",,," if last or bad else f"{c + 1 + seed / 10},0.1,0.5"
             rows.append(f"{cell},{seed},{status},7,30,{values}".removesuffix(","))
     (path / "results.csv").write_text("\n".join(rows) + "\n")
+    head, line = " | a_rather_long_heading" * 6, "| eps-simple | 1.0 ± 0.1 |" + " |" * 6
     (path / "results.md").write_text(
-        "# A <sweep>\n\n```\npython -m x\n```\n\n**Group**\n\n| cell | FD |\n|---|---|\n"
-        "| eps-simple | 1.0 ± 0.1 |\n\nMeans.\n"
+        f"# A <sweep>\n\n```\npython -m x\n```\n\n**Group**\n\n| cell | FD{head} |\n"
+        f"|{'---|' * 8}\n{line}\n\nMeans.\n"
     )
     figures.save_png(path / "results.png", figures.grid(images(2)))
     return path

@@ -35,38 +35,53 @@ def pages(tmp_path_factory):
     return {"run": run / "report.html", "sweep": sweep / "report.html"}
 
 
-@pytest.fixture
-def visit(browser, pages):
-    """A page of the report, by name; at the end, that nothing was complained of or asked for."""
-    contexts, noise = [], []
+@pytest.fixture(scope="module")
+def noise():
+    """What any page complained of or asked the network for."""
+    return []
+
+
+@pytest.fixture(autouse=True)
+def quiet(noise):
+    """Fails a test during which there was any noise."""
+    noise.clear()
+    yield
+    assert noise == []
+
+
+@pytest.fixture(scope="module")
+def visit(browser, pages, noise):
+    """A page of the report by its name, or the same again; loading it takes longest."""
+    found = {}
 
     def at(name, width=1200, scheme="light", **more):
-        context = browser.new_context(
-            viewport={"width": width, "height": 800}, color_scheme=scheme, **more
-        )
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(30_000)
-        page.on("console", lambda message: noise.append(message.text))
-        page.on("pageerror", lambda error: noise.append(str(error)))
+        key = (name, width, scheme)
+        if key not in found:
+            viewport = {"width": width, "height": 800}
+            context = browser.new_context(viewport=viewport, color_scheme=scheme, **more)
+            found[key] = opened(context, pages[name].as_uri(), noise)
+        return found[key]
 
-        def routed(route):
-            url = route.request.url
-            if url.startswith("file://") and url.endswith("report.html"):
-                return route.continue_()
-            noise.append(f"asked for {url[:80]}")
-            return route.abort()
+    return at
 
-        context.route(lambda url: not url.startswith("data:"), routed)
-        page.goto(pages[name].as_uri())
-        page.wait_for_selector(".area .scatterlayer path")
-        assert page.evaluate(DRAWN)
-        return page
 
-    yield at
-    for context in contexts:
-        context.close()
-    assert noise == []
+def opened(context, url, noise):
+    page = context.new_page()
+    page.set_default_timeout(120_000)  # However busy the machine is.
+    page.on("console", lambda message: noise.append(message.text))
+    page.on("pageerror", lambda error: noise.append(str(error)))
+
+    def routed(route):
+        if route.request.url == url:
+            return route.continue_()
+        noise.append(f"asked for {route.request.url[:80]}")
+        return route.abort()
+
+    context.route(lambda asked: not asked.startswith("data:"), routed)
+    page.goto(url)
+    page.wait_for_selector(".area .scatterlayer path")
+    assert page.evaluate(DRAWN)
+    return page
 
 
 def background(page):
@@ -115,7 +130,7 @@ def test_the_slider_changes_the_picture_by_mouse_and_by_keys(visit):
 
 
 def test_tab_alone_reaches_everything_that_can_be_set(visit):
-    page = visit("run")
+    page = visit("run", scheme="dark")  # Where nothing has the focus yet.
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
     page.keyboard.press("Enter")
