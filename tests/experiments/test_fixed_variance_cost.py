@@ -52,9 +52,9 @@ def bad_network(x_t, t):
 
 
 CASES = [
-    ("eps", "fixed_large", True, 0),
+    ("eps", "fixed_large", False, 0),
     ("mu", "fixed_large", True, 4),
-    ("v", "learned_range", False, 4),
+    ("v", "learned_range", True, 4),
 ]
 
 
