@@ -95,7 +95,7 @@ def stability(run: RunPlan) -> Row:
     The norm is the largest mean over train.log_every steps, before clipping.
     """
     path = RunDirectory.of(run.path).metrics
-    if not path.exists():
+    if not path.exists() or not (run.trained() or run.outcome().startswith(DIVERGED)):
         return {}
     warm = run.config(run.stages[0]).train.warmup_steps
     norms = [r["grad_norm"] for r in metrics.read(path) if "grad_norm" in r and r["step"] > warm]
@@ -193,7 +193,7 @@ def _line(
     if cell.skip:
         entries = [f"skipped: {cell.skip}", *[""] * (len(columns) - 1)]
         return f"| {cell.name} | 0 | {' | '.join([*entries, *beside])} |"
-    entries = [spread([r[name] for r in good if r.get(name) is not None]) for name in columns]
+    entries = [spread([r[name] for r in own if r.get(name) is not None]) for name in columns]
     bad = {r["status"].partition(":")[0] for r in own} - {DONE}
     count = f"{len(good)}" if not bad else f"{len(good)} of {len(own)} ({', '.join(sorted(bad))})"
     return f"| {cell.name} | {count} | {' | '.join([*entries, *beside])} |"

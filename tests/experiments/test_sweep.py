@@ -643,6 +643,8 @@ def test_stability_is_read_from_training(tmp_path):
     ]
     text = "".join(json.dumps(record) + "\n" for record in records)
     RunDirectory.of(run.path).metrics.write_text(text)
+    assert table.stability(run) == {}  # Not at its end.
+    finish(run, run.stages[0])
     assert table.stability(run) == {"diverged": 0, "grad_norm_max": 4.0}  # Warm-up: 100.
 
 
