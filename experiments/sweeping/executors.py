@@ -134,7 +134,7 @@ def lines(log: epath.Path, offset: int = 0) -> list[str]:
 def last_line(log: epath.Path) -> str:
     """The last thing that a log says, from its end alone."""
     with contextlib.suppress(OSError):
-        found = lines(log, max(0, log.stat().st_size - 2000))
+        found = lines(log, max(0, os.path.getsize(log) - 2000))
         return found[-1].strip() if found else ""
     return ""
 

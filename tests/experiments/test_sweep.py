@@ -46,7 +46,7 @@ EPS = {"diffusion.prediction": "eps"}
 def make(tmp_path, cells, seeds=(0,), overrides=(), stages=None, **more):
     stages = stages or (Stage("train"), Stage("evaluate"))
     one = Sweep("T", DIGITS, {"all": cells}, stages=stages, **more)
-    return plan.make_plan(one, tmp_path, seeds, overrides)
+    return plan.make_plan(one, RunDirectory.of(tmp_path).path, seeds, overrides)
 
 
 def sweep_file(tmp_path, body):
