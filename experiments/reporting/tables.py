@@ -88,14 +88,14 @@ def provenance(run: RunData) -> Html:
         rows.append(
             (
                 start.get("time", ""),
-                start.get("from_step", ""),
-                start.get("commit") or "unknown",
+                f"from step {start.get('from_step', 'unknown')}",
+                _short(start.get("commit")),
                 f"{start.get('devices', '')}, {start.get('hosts', '')} host(s)",
                 ", ".join(f"{name} {version}" for name, version in versions.items()),
                 el("code", start.get("command", "")),
             )
         )
-    columns = ("start (UTC)", "from step", "commit", "devices", "versions", "command")
+    columns = ("start (UTC)", "training", "commit", "devices", "versions", "command")
     noted = (
         table(columns, rows, "Starts of the training", "starts")
         if rows
@@ -108,3 +108,9 @@ def provenance(run: RunData) -> Html:
     )
     seed = el("p", f"Seed {run.config.seed}. Files: ", el("code", str(run.directory.path)))
     return join([seed, noted])
+
+
+def _short(commit: Any) -> str:
+    """Enough of a commit to find it by, and whether files differed from it."""
+    name, dash, dirty = str(commit or "unknown").partition("-")
+    return name[:12] + dash + dirty
