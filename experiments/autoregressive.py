@@ -191,7 +191,8 @@ def draw(
         (drawn, model.decode(samples), "samples"),
         (real, images[:SAMPLES], f"{setup.source.name}/{setup.source.split}"),
     ):
-        axis.imshow(figures.grid(shown).squeeze(), cmap="gray", interpolation="nearest")
+        canvas = figures.grid(shown).squeeze()
+        axis.imshow(canvas, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axis.set_title(title, fontsize=14)
         axis.set_axis_off()
     of_coordinate = np.empty(model.masking.num_steps)
@@ -305,7 +306,8 @@ def work(study: common.Study) -> None:
     text = {name: value.text() for name, value in compared.items()}
     names = list(compared)
     notes = [
-        f"The bound, L_T + Σ L_{{t−1}} with T = {T}, and the chain rule, Σ log p(x^i | x^{{>i}}), "
+        f"The bound, L_T + Σ L_{{t−1}} with T = {T}, and the chain rule, "
+        "−Σ log₂ p(x^i | x^{>i})/T, "
         f"agree on {len(images):,} images of {setup.source.name}/{setup.source.split}: "
         f"{bound.mean():.6f} and {chain.mean():.6f} bits/dim, for one image at most "
         f"{np.abs(bound - chain).max():.1e} apart; L_T is 0.",

@@ -126,6 +126,8 @@ def draw(samples: np.ndarray, real: np.ndarray, rows: Sequence[Row], split: str)
         axes.imshow(
             picture[..., 0] if grey else picture,
             cmap="gray" if grey else None,
+            vmin=0,
+            vmax=255,
             interpolation="nearest",
         )
         axes.set_title(title, fontsize=14)
