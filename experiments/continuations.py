@@ -93,6 +93,7 @@ def share(
         for fork in forks:
             x, at = advance(run.params, x, keys, at, fork), fork
             many = jnp.tile(x, (flags.continuations, 1, 1, 1))
+            many = jax.device_put(many, run.layout.split(0))
             images = to_host(advance(run.params, many, fresh, fork, 0))
             images = images.reshape(flags.continuations, batch, *x.shape[1:]).swapaxes(0, 1)
             finite = np.isfinite(images).all(axis=(1, 2, 3, 4))[:length]

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs_for_tests import start
 from untrained_run import untrained
 
 from ddpm_jax import files, generation, keys, oracles, parts, runs, sampling, schedules
@@ -23,7 +24,7 @@ from ddpm_jax.main import main
 from ddpm_jax.parallel import make_layout
 from experiments import continuations
 from experiments import progressive_generation as experiment
-from experiments.common import Study
+from experiments.common import Study, chain_indices
 
 BETAS = np.linspace(1e-3, 0.4, 12)
 
@@ -149,6 +150,7 @@ def test_the_times_kept_hold_those_measured_and_both_ends():
     np.testing.assert_array_equal(path.points, np.arange(5))
 
 
+NAME = "progressive_generation"
 FLAGS = ["--count=10", "--chains=3", "--continuations=2", "--config.sample.batch_size=4"]
 
 
@@ -264,18 +266,47 @@ def test_an_interrupted_figure_goes_on_to_the_bit(
         assert (workdir / "figures" / name).read_bytes() == (made / "figures" / name).read_bytes()
 
 
-def test_a_shorter_chain_is_followed_at_its_own_times(run_directory, tmp_path):
-    made = shutil.copytree(run_directory, tmp_path / "run")
-    how = ["--config.sample.method=ddim", "--config.sample.steps=5"]
-    assert call(made, *how, "--config.sample.eta=1", "--times=20,6") == 0
-    rows = table(made)
-    assert [row["t"] for row in rows if row["of"] == "x0_hat"] == ["20", "15", "10", "6", "1"]
-    fixed = [row for row in rows if row["quantity"] == "variance_fixed_at_t"]
-    assert [row["t"] for row in fixed] == ["20", "6"]
-    assert call(made, *how) == 0
-    content = json.loads((made / "figures" / "progressive_generation.json").read_text())
+@pytest.mark.slow
+@pytest.mark.parametrize("module, flags", [(NAME, FLAGS), ("interpolation", ["--pairs=3"])])
+def test_two_devices_draw_what_one_does(run_directory, tmp_path, module, flags):
+    """A process of its own for each; images differ by rounding, by a level at most."""
+    found = []
+    for devices in (1, 2):
+        workdir = shutil.copytree(run_directory, tmp_path / f"{devices}")
+        code = f"import sys; from experiments.{module} import main; sys.exit(main())"
+        cache = f"--config.evaluation.cache_dir={tmp_path}"
+        process = start([f"--run={workdir}", cache, "--times=9", *flags], devices, code)
+        assert process.wait() == 0, process.stderr.read()
+        arrays = {p.name: parts.read(p) for p in (workdir / "evaluation").glob("*.npz")}
+        found.append({(n, k): x for n, a in arrays.items() for k, x in a.items()})
+    one, two = found
+    assert one.keys() == two.keys()
+    images = [key for key, x in one.items() if x.dtype == np.uint8]
+    assert images
+    for key in images:
+        assert np.abs(one[key].astype(int) - two[key]).max() <= 1
+
+
+def test_a_shorter_chain_is_followed_at_its_own_times_and_one_without_noise_has_no_fig_7(
+    run_directory, tmp_path
+):
+    workdir = shutil.copytree(run_directory, tmp_path / "run")
+    assert call(workdir, "--config.sample.method=ddim", "--config.sample.steps=5") == 0
+    rows = table(workdir)
+    assert [row["t"] for row in rows] == ["20", "15", "10", "6", "1", "0", ""]
+    content = json.loads((workdir / "figures" / "progressive_generation.json").read_text())
     assert "no Fig. 7" in content["notes"][-1]
-    assert not [row for row in table(made) if row["of"] == "continuations"]
+    assert content["protocol"]["chain"] == 5
+
+
+def test_times_are_found_on_any_chain():
+    whole = schedules.linear(1000)
+    assert chain_indices(whole, "", "--times") == [1000, 750, 500, 250]
+    assert chain_indices(whole, "3,1000", "--times") == [1000, 3]
+    short = schedules.respace(whole, np.array([1, 40, 300, 700, 1000]))
+    assert chain_indices(short, "40,700", "--times") == [4, 2]
+    assert chain_indices(short, "", "--times") == [5, 4, 2, 1]
+    assert chain_indices(schedules.respace(whole, np.array([1000])), "", "--times") == [1]
 
 
 BAD = {
