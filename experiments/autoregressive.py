@@ -41,6 +41,7 @@ from ddpm_jax.data import Source, open_source, to_float
 from ddpm_jax.evaluation import reference, requests
 from ddpm_jax.evaluation.manifest import Measured
 from experiments import common, masking
+from experiments.common import over_images, style
 from experiments.masked_model import (
     SAMPLES,
     Model,
@@ -53,7 +54,6 @@ from experiments.masked_model import (
     protocol_of,
 )
 from experiments.masking import Masking
-from experiments.progressive_coding import add_split, chosen_split
 
 NAME = "autoregressive"
 ORDERS = ("raster", "random")
@@ -94,7 +94,7 @@ def prepare(study: common.Study) -> Setup:
     if flags.images < 0:
         raise RequestError(f"--images={flags.images}: must be 0, for all of them, or more")
     training = open_source(config, batch_size=config.train.batch_size)
-    source = requests.open_split(config, chosen_split(study), "evaluation.split")
+    source = common.open_split(study)
     positions = requests.positions(source, config.evaluation.max_images, "evaluation.max_images")
     subset = reference.evenly(len(positions), min(flags.images, len(positions)))
     positions = positions[subset]
@@ -153,12 +153,6 @@ def bits_saved(study: common.Study, setup: Setup, images: np.ndarray) -> np.ndar
         for i in range(0, len(images), batch)
     ]
     return np.concatenate(parts).astype(np.float64)
-
-
-def mean_and_error(values: np.ndarray) -> Measured:
-    """The mean over images in bits/dim, with its standard error."""
-    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
-    return Measured(float(values.mean()), error, "bits/dim")
 
 
 def draw(
@@ -247,15 +241,6 @@ def show_strip(axis: Any, model: Model, samples: np.ndarray, times: np.ndarray) 
     axis.grid(False)
 
 
-def style(axis: Any, x: str, y: str, title: str) -> None:
-    """Labels a panel in letters of a readable size."""
-    axis.set_xlabel(x, fontsize=13)
-    axis.set_ylabel(y, fontsize=13)
-    axis.set_title(title, fontsize=14)
-    axis.tick_params(labelsize=12)
-    axis.grid(alpha=0.3)
-
-
 def table(model: Model, terms: np.ndarray, alone: np.ndarray) -> list[dict[str, Any]]:
     """A row for each t, from T down as the reverse process has it.
 
@@ -267,7 +252,7 @@ def table(model: Model, terms: np.ndarray, alone: np.ndarray) -> list[dict[str, 
     for t in range(model.masking.num_steps, 0, -1):
         coordinate = int(model.masking.order[t - 1])
         row, column, channel = (int(i) for i in np.unravel_index(coordinate, model.shape))
-        bits = mean_and_error(terms[:, t - 1])
+        bits = over_images(terms[:, t - 1])
         rows.append(
             {
                 "t": t,
@@ -296,10 +281,10 @@ def work(study: common.Study) -> None:
     bound, chain = found["terms"].sum(axis=1), -found["scores"].sum(axis=1)
     compared = {
         f"uniform, {len(model.levels)} levels": Measured(math.log2(len(model.levels))),
-        "each coordinate alone": mean_and_error(alone.mean(axis=1)),
-        "autoregressive": mean_and_error(bound),
-        "Gaussian diffusion, 256 bins": mean_and_error(gaussian),
-        f"Gaussian diffusion, {len(model.levels)} levels": mean_and_error(on_levels),
+        "each coordinate alone": over_images(alone.mean(axis=1)),
+        "autoregressive": over_images(bound),
+        "Gaussian diffusion, 256 bins": over_images(gaussian),
+        f"Gaussian diffusion, {len(model.levels)} levels": over_images(on_levels),
     }
     if len(model.levels) == 256:
         del compared["Gaussian diffusion, 256 levels"]
@@ -321,7 +306,7 @@ def work(study: common.Study) -> None:
         notes.append(
             f"With L_0's mass on those levels alone the Gaussian has {text[names[4]]}, its rate "
             "included, which pays for an x_1 finer than the levels; the autoregressive model's "
-            f"bits less these: {mean_and_error(bound - on_levels).text()}."
+            f"bits less these: {over_images(bound - on_levels).text()}."
         )
     protocol = protocol_of(model, params) | {
         "split": setup.source.split,
@@ -348,7 +333,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", type=int, default=1000, help="of the split, at most, evenly spread; 0: all"
     )
-    add_split(parser)
+    common.add_split(parser)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

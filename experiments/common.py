@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,9 +23,11 @@ from etils import epath
 from ddpm_jax import config as config_lib
 from ddpm_jax import files, parts
 from ddpm_jax.config import RequestError
-from ddpm_jax.evaluation import manifest
+from ddpm_jax.data import Source
+from ddpm_jax.evaluation import manifest, requests
 from ddpm_jax.evaluation.bound import Bound
 from ddpm_jax.evaluation.evaluators import BoundEvaluator
+from ddpm_jax.evaluation.manifest import Measured
 from ddpm_jax.evaluation.results import evaluate_and_keep, load_for_evaluation
 from ddpm_jax.interruption import Watch
 from ddpm_jax.main import Parser, reported, use_compilation_cache
@@ -141,6 +144,34 @@ class Study:
             self.say(f"  {note}")
 
 
+def add_split(parser: argparse.ArgumentParser) -> None:
+    """Adds --split."""
+    parser.add_argument("--split", help="of the data; the first of evaluation.split unless given")
+
+
+def open_split(study: Study) -> Source:
+    """The split of --split, or the first that the config evaluates.
+
+    Raises:
+      RequestError: it cannot be opened; names the flag or the key that asked for it.
+    """
+    config, flag = study.run.config, getattr(study.flags, "split", None)
+    split = flag or (*config.evaluation.split, "test")[0]
+    try:
+        return requests.open_split(config, split, "evaluation.split")
+    except RequestError as error:
+        if not flag:
+            raise
+        where = str(error).replace("config.evaluation.split=", "--split=")
+        raise RequestError(where) from error
+
+
+def over_images(values: np.ndarray) -> Measured:
+    """The mean of bits/dim [n], with its standard error where there are several."""
+    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+    return Measured(float(values.mean()), error, "bits/dim")
+
+
 def chain_indices(schedule: Schedule, times: str, flag: str) -> list[int]:
     """The indices of a chain at which the network is told these times, from the largest down.
 
@@ -179,6 +210,15 @@ def to_csv(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
     return text.getvalue()
+
+
+def style(axis: Any, x: str, y: str, title: str) -> None:
+    """Labels a panel in letters of a readable size."""
+    axis.set_xlabel(x, fontsize=13)
+    axis.set_ylabel(y, fontsize=13)
+    axis.set_title(title, fontsize=14)
+    axis.tick_params(labelsize=12)
+    axis.grid(alpha=0.3)
 
 
 def to_png(figure: Any) -> bytes:

@@ -44,7 +44,7 @@ from ddpm_jax.evaluation.manifest import Measured
 from ddpm_jax.evaluation.results import load_for_evaluation
 from ddpm_jax.runs import RunDirectory
 from experiments import common
-from experiments.progressive_coding import add_split, chosen_split, style
+from experiments.common import add_split, over_images, style
 from experiments.variance_choices import (
     Choice,
     Errors,
@@ -52,7 +52,6 @@ from experiments.variance_choices import (
     chosen_process,
     grouped,
     measure,
-    over_images,
     total,
 )
 
@@ -264,7 +263,7 @@ def measure_learned(
 
 def work(study: common.Study) -> None:
     """Makes the figure."""
-    run, e, split = study.run, study.run.config.evaluation, chosen_split(study)
+    run, e = study.run, study.run.config.evaluation
     process = chosen_process(run)
     num_steps = process.schedule.num_steps
     if num_steps == 1:
@@ -274,7 +273,7 @@ def work(study: common.Study) -> None:
     except ValueError as error:
         raise RequestError(f"--{error}") from error
     other = load_learned(study) if study.flags.learned else None
-    source = requests.open_split(run.config, split, "evaluation.split")
+    source = common.open_split(study)
     positions = requests.positions(source, e.max_images, "evaluation.max_images")
     images = source, positions, terms, run.config.seed
     errors = measure(study, *images)
@@ -292,14 +291,14 @@ def work(study: common.Study) -> None:
     rows = table(errors, found, group_of, np.exp(log_beta - log_small))
     labels, notes = texts(errors, found, learner)
     protocol = {
-        "split": split,
+        "split": source.split,
         "images": len(positions),
         "terms": terms or "all",
         "chain": requests.chain(e.steps, run.config.diffusion.num_steps),
         "clip": e.clip,
         "learned": learner if "learned" in found else None,
     }
-    notes = [f"{run.config.data.name} {split}, {len(positions):,} images.", *notes, *more]
+    notes = [f"{run.config.data.name} {source.split}, {len(positions):,} images.", *notes, *more]
     study.save("Cost of a fixed Σ", draw(rows, labels), rows, protocol, notes)
 
 

@@ -65,8 +65,7 @@ def work(study: Study) -> None:
         raise RequestError(f"--lambdas={flags.lambdas}: choose at least 2, for λ = 0 and 1")
     process, decoder = choose_process(run)
     forks = common.chain_indices(process.schedule, flags.times, "--times")
-    split = (*run.config.evaluation.split, "test")[0]
-    source = requests.open_split(run.config, split, "evaluation.split")
+    source = common.open_split(study)
     pairs = choose_pairs(source, flags.pairs)
     study.say(f"interpolation: {decoder}")
     sources = np.stack([source.images(pairs[:, k]) for k in (0, 1)], axis=1)

@@ -132,7 +132,7 @@ def check_levels(images: np.ndarray, levels: np.ndarray, source: Source) -> None
     if len(other := np.setdiff1d(images, levels)):
         raise RequestError(
             f"level {other[0]} occurs in {source.name}/{source.split} but not in the training "
-            "split: its bits would be infinite; choose another --config.evaluation.split"
+            "split: its bits would be infinite; choose another --split"
         )
 
 

@@ -20,7 +20,6 @@ an empty cell has too few images (none for a value, one for an error).
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import sys
@@ -38,6 +37,7 @@ from ddpm_jax.evaluation.bound import Bound
 from ddpm_jax.evaluation.manifest import Measured
 from ddpm_jax.runs import Run
 from experiments import common
+from experiments.common import style
 
 ENOUGH = 100  # Images whose mean is shown as a point.
 FULL_SCALE = 127.5  # A difference of x in [−1, 1], on 0–255.
@@ -224,15 +224,6 @@ def draw(found: Curve, bound: Bound, paper: bool, what: str) -> bytes:
     return common.to_png(figure)
 
 
-def style(axis: Any, x: str, y: str, title: str) -> None:
-    """Labels a panel in letters of a readable size."""
-    axis.set_xlabel(x, fontsize=13)
-    axis.set_ylabel(y, fontsize=13)
-    axis.set_title(title, fontsize=14)
-    axis.tick_params(labelsize=11)
-    axis.grid(alpha=0.3)
-
-
 def notes(bound: Bound, split: str, last: Curve, paper: bool) -> list[str]:
     """The totals with their errors, and where the bits are."""
     units = {"rmse": "RMSE of x̂_0 at t = 1 (0–255)"}
@@ -263,27 +254,14 @@ def is_the_paper_s(run: Run, num_steps: int) -> bool:
     return run.config.data.name == "cifar10" and num_steps == 1000
 
 
-def chosen_split(study: common.Study) -> str:
-    """--split, or the first that the config evaluates."""
-    return study.flags.split or (*study.run.config.evaluation.split, "test")[0]
-
-
-def add_split(parser: argparse.ArgumentParser) -> None:
-    """Adds --split."""
-    parser.add_argument("--split", help="of the data; the first of evaluation.split unless given")
-
-
 def work(study: common.Study) -> None:
     """Makes the figure."""
-    run, split = study.run, chosen_split(study)
-    e = run.config.evaluation
+    run, source = study.run, common.open_split(study)
+    e, split = run.config.evaluation, source.split
+    positions = requests.positions(source, e.max_images, "evaluation.max_images")
     bound = study.bound(split)
     num_steps, (count, draws) = len(bound.rate) - 1, bound.total.shape
     terms = bounds.checked_terms(e.terms, num_steps)
-    positions = np.arange(count)
-    if e.max_images:
-        source = requests.open_split(run.config, split, "evaluation.split")
-        positions = requests.positions(source, e.max_images, "evaluation.max_images")
     images = images_at(num_steps, terms, run.config.seed, positions, draws)
     found = curve(bound, images, neighbors(num_steps, terms, count * draws))
     paper = is_the_paper_s(run, num_steps)
@@ -307,7 +285,7 @@ def work(study: common.Study) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    return common.main("progressive_coding", __doc__, work, argv, add_split)
+    return common.main("progressive_coding", __doc__, work, argv, common.add_split)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from ddpm_jax.data import Source, to_float
 from ddpm_jax.diffusion import Process, at, p_distribution, q_sample, split_output
 from ddpm_jax.evaluation import bound as bounds
 from ddpm_jax.evaluation import cost, reference
-from ddpm_jax.evaluation.manifest import Measured
 from ddpm_jax.generation import padded_batch
 from ddpm_jax.parallel import from_host, to_host
 from ddpm_jax.runs import Run, image_shape
@@ -240,9 +239,3 @@ def choices(errors: Errors, process: Process, group_of: np.ndarray) -> dict[str,
 def total(errors: Errors, choice: Choice) -> np.ndarray:
     """The bound of each image, bits/dim [n]."""
     return choice.terms @ errors.weights + errors.prior
-
-
-def over_images(values: np.ndarray) -> Measured:
-    """The mean of bits/dim [n], with its standard error where there are several."""
-    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
-    return Measured(values.mean(), error, "bits/dim")

@@ -20,7 +20,7 @@ from ddpm_jax.evaluation import bound
 from ddpm_jax.main import main
 from ddpm_jax.parallel import make_layout
 from ddpm_jax.schedules import from_betas
-from experiments import fixed_variance_cost, variance_choices
+from experiments import common, fixed_variance_cost, variance_choices
 from experiments.variance_choices import Errors
 
 BETAS = np.linspace(0.02, 0.4, 6)
@@ -83,7 +83,7 @@ def test_under_its_own_variance_it_is_the_run_s_own_bound(prediction, variance, 
         at_t = mine.terms[errors.times == t]
         assert at_t.mean() == pytest.approx(expected.terms[t - 1], rel=1e-5)
     np.testing.assert_allclose(errors.prior, expected.prior, rtol=1e-6)
-    by_name = variance_choices.over_images(variance_choices.total(errors, mine))
+    by_name = common.over_images(variance_choices.total(errors, mine))
     assert (float(by_name), by_name.standard_error) == pytest.approx(
         expected.summary()["bits_per_dim"], rel=1e-4
     )
@@ -288,7 +288,7 @@ def test_a_run_that_learned_its_variance_has_it_beside(parent):
         ("other", ["--learned={0}/other"], "is learned itself; leave it out"),
         ("run", ["--learned={0}/nothing"], "no run there"),
         ("run", ["--terms=1"], "--terms=1: one is always the decoder's"),
-        ("run", ["--split=all"], "has the splits train, test"),
+        ("run", ["--split=all"], "error: --split=all: digits has the splits train, test"),
         ("run", ["--config.evaluation.steps=1"], "a chain of one step"),
     ],
 )

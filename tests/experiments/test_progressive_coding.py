@@ -234,7 +234,8 @@ def test_a_run_leaves_a_picture_a_table_and_its_totals(workdir, monkeypatch, cap
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (["--split=validation"], "has the splits train, test"),
+        (["--split=validation"], "error: --split=validation: digits has the splits train, test"),
+        (["--config.evaluation.split=all"], "error: config.evaluation.split=all: digits has the"),
         (["--config.evaluation.terms=1"], "choose 2 or more"),
         (["--steps=3"], "unknown argument --steps=3"),
     ],
