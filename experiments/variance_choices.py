@@ -36,6 +36,7 @@ class Errors:
     times: [n, k], of each image, the first 1. weights: [k], see `bound.weights`.
     excess: [n, k], ‖μ̃_t − μ_θ‖²/(D β̃_t) at each time; column 0 has no meaning.
     decoder: [n, G], L_0 in bits/dim at each of `LOG_SIGMA2`.
+    fixed_decoder: [n], L_0 with σ²_1 = β̃_2, that of both fixed choices.
     prior: [n], L_T in bits/dim.
     own, log_ratio: [n, k], the terms in bits/dim with the network's own Σ, and the mean of
     log σ²_t/β̃_t (β̃_2 at t = 1) over coordinates.
@@ -45,6 +46,7 @@ class Errors:
     weights: np.ndarray
     excess: np.ndarray
     decoder: np.ndarray
+    fixed_decoder: np.ndarray
     prior: np.ndarray
     own: np.ndarray
     log_ratio: np.ndarray
@@ -102,11 +104,12 @@ def compile_errors(
         log_likelihood = likelihood.discretized_gaussian_log_likelihood
         decoder = jax.lax.map(
             lambda log_scale: -likelihood.bits_per_dim(log_likelihood(x0, mean_1, log_scale)),
-            jnp.asarray(LOG_SIGMA2 / 2, jnp.float32),
+            jnp.append(LOG_SIGMA2, schedule.log_posterior_variance[1]).astype(jnp.float32) / 2,
         )
         by_name = dict(zip(("excess", "own", "log_ratio"), (x.T for x in found), strict=True))
         prior = likelihood.prior_term(schedule, x0)
-        return {"times": times, "decoder": decoder.T, "prior": prior, **by_name}
+        by_name |= {"decoder": decoder[:-1].T, "fixed_decoder": decoder[-1]}
+        return {"times": times, "prior": prior, **by_name}
 
     one = run.layout.split(0)
     compiled = jax.jit(compute, in_shardings=(run.params_sharding, one, one), out_shardings=one)
@@ -138,6 +141,7 @@ def measure(
         "terms": terms,
         "chain": num_steps,
         "clip": e.clip,
+        "fixed_decoder": "exact",
     }
     if not study.arrays_path(protocol).exists():
         n, k = len(positions), terms or num_steps
@@ -179,24 +183,24 @@ def kl(log_ratio: np.ndarray, excess: np.ndarray) -> np.ndarray:
     return (np.expm1(-log_ratio) + log_ratio + excess * inverse) / (2 * math.log(2))
 
 
-def isotropic(errors: Errors, log_ratio: np.ndarray, floor: float) -> Choice:
+def isotropic(errors: Errors, log_ratio: np.ndarray, decoder: np.ndarray) -> Choice:
     """The bound with one σ²_t for all images and coordinates.
 
     Args:
       log_ratio: [T+1], log σ²_t/β̃_t.
-      floor: log β̃_2, which stands for log β̃_1.
+      decoder: [n], L_0 with that σ²_1.
     """
     terms = kl(log_ratio[errors.times], errors.excess)
-    terms[:, 0] = CubicSpline(LOG_SIGMA2, errors.decoder, axis=1)(floor + log_ratio[1])
+    terms[:, 0] = decoder
     return Choice(terms, log_ratio)
 
 
-def best_log_ratio(errors: Errors, group_of: np.ndarray, floor: float) -> np.ndarray:
-    """The log σ²_t/β̃_t [T+1] that minimise the bound, one for each group of times.
+def best_isotropic(errors: Errors, group_of: np.ndarray, floor: float) -> Choice:
+    """The bound with those σ²_t/β̃_t that minimise it, one for each group of times.
 
     Args:
       group_of: [T+1], the group of each time; of `grouped`.
-      floor: log β̃_2.
+      floor: log β̃_2, which stands for log β̃_1.
     """
     group = group_of[errors.times[:, 1:]].ravel()
     count = np.bincount(group, minlength=group_of.max() + 1)
@@ -204,8 +208,9 @@ def best_log_ratio(errors: Errors, group_of: np.ndarray, floor: float) -> np.nda
     log_ratio = np.log1p(total / np.maximum(count, 1))[group_of]
     mean = CubicSpline(LOG_SIGMA2, errors.decoder.mean(axis=0))
     candidates = np.append(mean.derivative().roots(extrapolate=False), LOG_SIGMA2[[0, -1]])
-    log_ratio[1] = candidates[mean(candidates).argmin()] - floor
-    return log_ratio
+    log_sigma2 = candidates[mean(candidates).argmin()]  # Within the grid: nothing is extrapolated.
+    log_ratio[1] = log_sigma2 - floor
+    return isotropic(errors, log_ratio, CubicSpline(LOG_SIGMA2, errors.decoder, axis=1)(log_sigma2))
 
 
 def grouped(num_steps: int, terms: int, images: int) -> np.ndarray:
@@ -221,12 +226,11 @@ def choices(errors: Errors, process: Process, group_of: np.ndarray) -> dict[str,
     log_small = np.asarray(schedule.log_posterior_variance, np.float64)
     large = np.asarray(schedule.log_beta, np.float64) - log_small
     large[:2] = 0
-    by_name = {
-        "fixed_large": large,
-        "fixed_small": np.zeros_like(large),
-        "best": best_log_ratio(errors, group_of, log_small[1]),
+    found = {
+        "fixed_large": isotropic(errors, large, errors.fixed_decoder),
+        "fixed_small": isotropic(errors, np.zeros_like(large), errors.fixed_decoder),
+        "best": best_isotropic(errors, group_of, log_small[1]),
     }
-    found = {name: isotropic(errors, ratio, log_small[1]) for name, ratio in by_name.items()}
     if process.learns_variance:
         group = group_of[errors.times].ravel()
         mean = np.bincount(group, errors.log_ratio.ravel()) / np.maximum(np.bincount(group), 1)

@@ -73,12 +73,10 @@ def test_under_its_own_variance_it_is_the_run_s_own_bound(prediction, variance, 
     found = variance_choices.choices(errors, process, ALONE)
     assert ("learned" in found) == process.learns_variance
     mine = found["learned" if process.learns_variance else variance]
-    # L_0 is interpolated between variances, but for the network's own.
-    atol = 1e-6 if process.learns_variance else 2e-5
     np.testing.assert_allclose(
-        variance_choices.total(errors, mine), expected.total[:, 0], rtol=1e-5, atol=atol
+        variance_choices.total(errors, mine), expected.total[:, 0], rtol=1e-5, atol=1e-6
     )
-    np.testing.assert_allclose(mine.terms[:, 0], expected.decoder[:, 0], rtol=1e-5, atol=atol)
+    np.testing.assert_allclose(mine.terms[:, 0], expected.decoder[:, 0], rtol=1e-5, atol=1e-6)
     for t in range(2, T + 1):
         at_t = mine.terms[errors.times == t]
         assert at_t.mean() == pytest.approx(expected.terms[t - 1], rel=1e-5)
@@ -156,8 +154,8 @@ def test_the_best_variances_are_those_of_a_brute_force_search():
         return total
 
     for group_of in (ALONE, shared):
-        found = variance_choices.best_log_ratio(errors, group_of, FLOOR)
-        choice = variance_choices.isotropic(errors, found, FLOOR)
+        choice = variance_choices.best_isotropic(errors, group_of, FLOOR)
+        found = choice.log_ratio
         for group in range(group_of.max() + 1):
             least = optimize.minimize_scalar(
                 cost, bounds=(-3, 8), args=(group, group_of), method="bounded",
@@ -174,12 +172,35 @@ def test_a_decoder_that_errs_within_its_bins_wants_next_to_no_variance_and_costs
     inside = stats.norm.cdf(0.4 / 255 / sigma) - stats.norm.cdf(-1.6 / 255 / sigma)
     decoder = np.tile(-np.log2(inside), (3, 1))
     times = np.tile(np.arange(1, T + 1), (3, 1))
-    errors = Errors(times, np.ones(T), 0.1 * times, decoder, np.zeros(3), times * 0, times * 0)
-    found = variance_choices.best_log_ratio(errors, ALONE, FLOOR)
-    assert found[1] + FLOOR < 2 * np.log(0.4 / 255 / 5)
-    assert variance_choices.isotropic(errors, found, FLOOR).terms[:, 0] == pytest.approx(
-        0, abs=1e-9
-    )
+    none, nothing = times * 0, np.zeros(3)
+    errors = Errors(times, np.ones(T), 0.1 * times, decoder, nothing, nothing, none, none)
+    best = variance_choices.best_isotropic(errors, ALONE, FLOOR)
+    assert best.log_ratio[1] + FLOOR < 2 * np.log(0.4 / 255 / 5)
+    assert best.terms[:, 0] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_first_variance_far_below_a_bin_is_measured_as_it_is():
+    """β̃_2 = 1e-10, a thousandth of a bin: L_0 of both fixed choices against Eq. 13 by hand."""
+    betas = np.array([1e-10, 0.05, 0.1, 0.2, 0.3, 0.4])
+    schedule, small = from_betas(betas), 1e-10 * 0.05 / (1 - (1 - 1e-10) * 0.95)
+    assert np.log(small) < variance_choices.LOG_SIGMA2[0] - 5
+    process = Process(schedule, "x0", "fixed_large")
+    images = np.random.default_rng(8).integers(40, 216, (6, 2, 1, 1), dtype=np.uint8)
+    network = lambda x_t, t: x_t + 0.0045  # noqa: E731, half a bin and some more.
+    errors = errors_of(process, network, images)
+    found = variance_choices.choices(errors, process, ALONE)
+    example = keys.example_keys(3, "bound", 0, jnp.arange(6))
+    noise = np.float64(keys.normal(example, 1, (2, 1, 1)))
+    x0 = images / 127.5 - 1
+    mean = np.sqrt(1 - 1e-10) * x0 + 1e-5 * noise + 0.0045
+    # The bin lies far in the lower tail, where Φ(low) is nothing beside Φ(high).
+    high = (x0 - mean + 1 / 255) / np.sqrt(small)
+    expected = -stats.norm.logcdf(high).mean(axis=(1, 2, 3)) / np.log(2)
+    assert expected.min() > 500
+    for name in ("fixed_large", "fixed_small"):
+        np.testing.assert_allclose(found[name].terms[:, 0], expected, rtol=1e-3)
+    lost = found["fixed_small"].terms[:, 0] - found["best"].terms[:, 0]
+    assert (lost > 500).all() and (found["best"].terms[:, 0] < 3).all()
 
 
 def test_the_table_adds_up_and_its_errors_are_those_of_differences():
@@ -190,8 +211,10 @@ def test_the_table_adds_up_and_its_errors_are_those_of_differences():
     times = np.asarray(pick(jax.random.split(jax.random.key(0), n)))
     hard = rng.gamma(4, 0.25, (n, 1))
     grid = np.log(np.cosh((variance_choices.LOG_SIGMA2 - FLOOR - 1) / 3)) + 10 * hard
+    fixed = np.log(np.cosh(-1 / 3)) + 10 * hard[:, 0]
+    none = np.zeros(times.shape)
     errors = Errors(
-        times, bound.weights(T, terms), hard / times, grid, hard[:, 0], times * 0.0, times * 0.0
+        times, bound.weights(T, terms), hard / times, grid, fixed, hard[:, 0], none, none
     )
     process = Process(SCHEDULE, "eps", "fixed_small")
     group_of = variance_choices.grouped(T, terms, n)
