@@ -10,20 +10,21 @@ mean of the trained network stays as it is; σ²_t alone is exchanged:
 
   fixed_large   β_t, but β̃_2 at t = 1
   fixed_small   β̃_t, but β̃_2 at t = 1
-  best          the best number for each t: β̃_t + E‖μ̃_t − μ_θ‖²/D; at t = 1 the minimum of L_0,
-                found over the images
+  best          the best number: β̃_t + E‖μ̃_t − μ_θ‖²/D for each t, or where --terms < T one
+                σ²_t/β̃_t for each group of neighbouring times; at t = 1 the minimum of L_0, found
+                over the images
   learned       the network's own, if the run has learned it, or another run's (--learned), which
                 is another network, with other means
 
-Two panels: σ²_t over β̃_t, of a learned Σ its geometric mean; and the bits/dim that a choice loses
-at each t against `best`, with their sum from t = 1 on (dashed). What is gained instead is dotted.
-The legend has the whole bound. The CSV has a row for neighbouring times, enough for a hundred
-images, and one for the whole at its end.
+Two panels: σ²_t over β̃_t, of a learned Σ the geometric mean over images and coordinates; and the
+bits/dim that a choice loses at each t against `best`, with their sum from t = 1 on (dashed). What
+is gained instead is dotted. The legend has the whole bound. The CSV has a row for each group of
+neighbouring times, enough for a hundred images, and one for the whole at its end.
 
-Times and noise are those of the bound that --mode=evaluate measures, --terms of an image's T terms.
-Errors are standard errors over images, those of losses of the differences image by image. `best` is
-fitted to the images it is compared on: its advantage is too large by about ¼ of a squared relative
-error of σ²_t, nats for each t.
+Times and noise are those of the bound of --mode=evaluate at draw 0, with --terms in the place of
+evaluation.terms. Errors are standard errors over images, those of losses of the differences image
+by image. `best` is fitted to the images it is compared on: its advantage is too large by about ¼ of
+a squared relative error of σ²_t, nats for each of the numbers.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def table(
         row["beta_over_posterior_variance"] = float(large[times].mean())
         for name in (name for name in found if name not in FIXED):
             ratio = math.exp(found[name].log_ratio[times[0]])
-            row[f"{name}_over_posterior_variance"] = ratio
+            row[ratio_column(name)] = ratio
         weights = np.broadcast_to(errors.weights, inside.shape)[inside]
         for name, choice in found.items():
             put(row, name, over_images(choice.terms[inside]))
@@ -98,6 +99,12 @@ def table(
             put(whole, f"{name}_lost", lost_in_all(errors, found, name))
             whole[f"{name}_lost_cumulative"] = whole[f"{name}_lost"]
     return [*rows, whole]
+
+
+def ratio_column(name: str) -> str:
+    """The column of a choice's σ²_t/β̃_t: a learned one differs over images and coordinates."""
+    mean = "_geometric_mean" if name == "learned" else ""
+    return f"{name}_over_posterior_variance{mean}"
 
 
 def put(row: dict[str, Any], name: str, value: Measured) -> None:
@@ -137,13 +144,11 @@ def draw(rows: Sequence[dict[str, Any]], labels: dict[str, str]) -> bytes:
     *rows, whole = rows
     columns = {name: np.array([row[name] for row in rows], np.float64) for name in rows[0]}
     t = (columns["t"] + columns["t_last"]) / 2
-    columns["fixed_small_over_posterior_variance"] = np.ones(len(t))
-    columns["fixed_large_over_posterior_variance"] = np.where(
-        t == 1, 1, columns["beta_over_posterior_variance"]
-    )
+    beta = columns["beta_over_posterior_variance"]
+    ratios = {"fixed_large": np.where(t == 1, 1, beta), "fixed_small": np.ones(len(t))}
     for name, label in labels.items():
         line = {"color": STYLES[name][0], "lw": 2, "marker": "o", "ms": 3}
-        ratio = columns[f"{name}_over_posterior_variance"]
+        ratio = ratios[name] if name in FIXED else columns[ratio_column(name)]
         # The decoder's variance stands alone: it is relative to another.
         variances.plot(t[1:], ratio[1:], label=label, **line)
         variances.plot(t[:1], ratio[:1], **line | {"ms": 7, "marker": "D", "mfc": "none"})

@@ -299,6 +299,7 @@ def test_a_run_that_learned_its_variance_has_it_beside(parent):
     assert run(parent, "--terms=4", name="other") == 0
     *rows, whole = rows_of(parent, "other")
     assert float(whole["learned"]) > float(whole["best"]) > 0
+    assert float(rows[1]["learned_over_posterior_variance_geometric_mean"]) > 0
     assert sum(int(row["images"]) for row in rows) == 12 * 4
     content = json.loads((parent / "other" / "figures" / "fixed_variance_cost.json").read_text())
     assert content["protocol"]["terms"] == 4 and content["protocol"]["learned"] == "this network"
