@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from runs_for_tests import ROOT
 from scipy import integrate, stats
 from untrained_runs import untrained
 
 from ddpm_jax import oracles, schedules
+from ddpm_jax.config import load_file, override
 from ddpm_jax.diffusion import Process
 from ddpm_jax.evaluation import bound
 from ddpm_jax.parallel import make_layout
@@ -247,11 +249,35 @@ def test_a_wrong_request_is_one_line(workdir, capsys, flags, said):
     assert not list(workdir.glob("figures/progressive_coding*"))
 
 
-def test_the_paper_s_points_are_for_its_data_and_chain():
-    class Named:
-        def __init__(self, name):
-            self.config = type("", (), {"data": type("", (), {"name": name})})
+@pytest.mark.parametrize(
+    "key, value, belongs",
+    [
+        ("evaluation.steps", 1000, True),
+        ("evaluation.steps", 100, False),
+        ("data.name", "cifar100", False),
+        ("diffusion.num_steps", 500, False),
+        ("diffusion.schedule", "cosine", False),
+        ("diffusion.beta_start", 1e-3, False),
+        ("diffusion.beta_end", 0.01, False),
+        ("diffusion.prediction", "mu", False),
+    ],
+)
+def test_the_paper_s_points_are_for_its_data_and_chain(key, value, belongs):
+    config = load_file(f"{ROOT}/configs/cifar10.py")
+    shown = lambda split="test", whole=True: progressive_coding.is_the_paper_s(  # noqa: E731
+        config, split, whole
+    )
+    assert shown() and not shown(split="train") and not shown(whole=False)
+    override(config, key, value)
+    assert shown() == belongs
 
-    assert progressive_coding.is_the_paper_s(Named("cifar10"), 1000)
-    assert not progressive_coding.is_the_paper_s(Named("cifar10"), 100)
-    assert not progressive_coding.is_the_paper_s(Named("cifar100"), 1000)
+
+def test_the_paper_s_share_of_the_last_tenth_is_that_of_its_table():
+    table = {steps: rate for steps, rate, _ in progressive_coding.PAPER}
+    assert f"{1 - table[900] / table[1000]:.0%}" == "93%"
+    groups = progressive_coding.neighbors(T, 0, 1000)
+    found = progressive_coding.curve(exact_bound(), np.full(T + 1, 1000), groups)
+    with_paper, without = (
+        progressive_coding.notes(exact_bound(), "test", found, paper)[1] for paper in (True, False)
+    )
+    assert "steps (Table 4: 93 %)." in with_paper and "paper" not in without + with_paper
