@@ -26,7 +26,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -118,6 +118,7 @@ def choose_pairs(source: Source, count: int) -> np.ndarray:
 
     The pairs are spread evenly over the set. Where a pair would be of one class, its second image
     is the next one that is free and of another. A set of a single class counts as one without.
+    Labels are read, and with some sources images decoded, only as far as the search goes.
 
     Raises:
       RequestError: too few images, or no such image is left.
@@ -130,20 +131,33 @@ def choose_pairs(source: Source, count: int) -> np.ndarray:
             f"--pairs={count} needs {2 * count} images; {source.name}/{source.split} has {n}"
         )
     pairs = reference.evenly(n, 2 * count).reshape(2, count).T.copy()
-    labels = source.labels(np.arange(n))
-    if labels is None or len(np.unique(labels)) < 2:
+    labels = source.labels(pairs[:, 0])
+    if labels is None:
         return pairs
     for k, (first, second) in enumerate(pairs):
-        taken = [*pairs[:, 0], *pairs[:k, 1]]
-        after = (second + np.arange(n)) % n
-        free = after[(labels[after] != labels[first]) & ~np.isin(after, taken)]
-        if not len(free):
+        taken, others = {*pairs[:, 0], *pairs[:k, 1]}, False
+        for position, label in labels_around(source, second):
+            others |= label != labels[k]
+            if label != labels[k] and position not in taken:
+                pairs[k, 1] = position
+                break
+        else:
+            if not others:
+                return pairs
             raise RequestError(
                 f"--pairs={count}: {source.name}/{source.split} has no image left of another class "
                 f"than image {first}'s; choose fewer"
             )
-        pairs[k, 1] = free[0]
     return pairs
+
+
+def labels_around(source: Source, start: int) -> Iterator[tuple[int, int]]:
+    """(position, label) of all images from `start` on, once around, read in growing pieces."""
+    n, done, piece = len(source), 0, 1
+    while done < n:
+        positions = (start + np.arange(done, min(done + piece, n))) % n
+        yield from zip(positions.tolist(), source.labels(positions).tolist(), strict=True)
+        done, piece = done + piece, min(2 * piece, reference.CHUNK)
 
 
 def decode(

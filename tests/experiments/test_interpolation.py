@@ -186,6 +186,23 @@ def test_pairs_are_of_different_classes_and_no_image_comes_twice():
         experiment.choose_pairs(source_of([0]), 1)
 
 
+def test_labels_are_read_only_as_far_as_the_search_goes(monkeypatch):
+    """Of a source that decodes an image for each: 20 partners' and firsts', and a few beyond."""
+    read = []
+    original = ArraySource.labels
+    monkeypatch.setattr(
+        ArraySource, "labels", lambda self, at: read.extend(at) or original(self, at)
+    )
+    experiment.choose_pairs(source_of(np.arange(100_000) % 10), 10)
+    assert 0 < len(read) < 60
+    read.clear()
+    half = source_of(np.arange(100_000) >= 50_007)  # The next of another class is 7 on.
+    assert experiment.choose_pairs(half, 1).tolist() == [[0, 50_007]] and len(read) < 20
+    read.clear()
+    experiment.choose_pairs(source_of(np.zeros(5000, int)), 10)  # Around it once, not ten times.
+    assert len(read) == 5000 + 10
+
+
 @pytest.fixture(scope="module")
 def run_directory(tmp_path_factory):
     return untrained(tmp_path_factory.mktemp("runs") / "run")
