@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
@@ -24,8 +25,9 @@ from ddpm_jax.parallel import compile_call, from_host, to_host
 from ddpm_jax.parts import Arrays
 from ddpm_jax.progress import Progress
 from ddpm_jax.training.checkpoints import Checkpoints
+from ddpm_jax.training.job import make_job
 from ddpm_jax.training.metrics import NonFiniteError, Window, Writer
-from ddpm_jax.training.state import init_state, make_optimizer
+from ddpm_jax.training.state import init_state
 from ddpm_jax.training.step import Task, augmented, drawn_timesteps, dropout_keys, train_call
 from experiments import common, masking
 from experiments.masking import Masking
@@ -95,15 +97,17 @@ def losses(
 
 
 def make_task(config: Any, model: Model) -> Task:
-    """The run's training, of another model."""
-    return Task(
+    """The run's training, of another model.
+
+    Raises:
+      RequestError: the batch does not divide over the devices.
+    """
+    config = copy.deepcopy(config)
+    config.train.keep_best = ""  # Of results that only the run's own training measures.
+    return dataclasses.replace(
+        make_job(config).task,
         model=model.network,
         process=None,
-        optimizer=make_optimizer(config.train),
-        train=config.train,
-        flip=config.data.flip,
-        seed=config.seed,
-        microbatches=config.parallel.microbatches,
         loss=functools.partial(losses, model),
         num_steps=model.masking.num_steps,
     )
@@ -143,7 +147,8 @@ class Trainer:
         """Opens the directory.
 
         Raises:
-          RequestError: the model has been trained for more steps.
+          RequestError: the model has been trained for more steps, or the batch does not divide
+            over the devices.
         """
         self._study, self._source, self.steps = study, source, steps
         self._config = config = study.run.config

@@ -15,15 +15,16 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
-from runs_for_tests import train
+from runs_for_tests import ROOT, train
 
 from ddpm_jax import keys, runs, schedules
-from ddpm_jax.config import RequestError
+from ddpm_jax.config import RequestError, default_config, load_file
 from ddpm_jax.data import ArraySource
 from ddpm_jax.diffusion import Process, q_sample
 from ddpm_jax.interruption import Interrupted
 from ddpm_jax.models import UNet
 from ddpm_jax.parallel import make_layout
+from ddpm_jax.training import job
 from ddpm_jax.training.metrics import NonFiniteError
 from ddpm_jax.training.state import init_state, make_optimizer
 from experiments import autoregressive, masked_model, masking
@@ -73,24 +74,12 @@ def exact():
 def unet():
     """A U-Net over 2×2 images of three levels, away from its nearly uniform start."""
     network = UNet(8, (1,), 1, (), out_channels=K, norm_groups=4)
-    make = jax.jit(lambda: init_state(network, make_optimizer(settings()), (2, 2, 2), 0).params)
+    optimizer = make_optimizer(default_config().train)
+    make = jax.jit(lambda: init_state(network, optimizer, (2, 2, 2), 0).params)
     params = jax.tree.map(
         lambda x: x + 0.3 * jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape), make()
     )
     return Model(PROCESS, LEVELS, network, (2, 2, 1)), params
-
-
-def settings(**changes):
-    values = {
-        "timesteps": "stratified",
-        "batch_size": D,
-        "learning_rate": 1e-2,
-        "warmup_steps": 0,
-        "clip_norm": 1.0,
-        "ema_decay": 0.9,
-        "ema_ramp": False,
-    }
-    return ml_collections.ConfigDict(values | changes)
 
 
 def test_the_forward_process_blanks_one_coordinate_a_step():
@@ -176,8 +165,12 @@ def test_the_kl_is_that_of_any_categorical_distributions():
 
 
 def task_of(model, flip):
-    config = {"train": settings(), "data": {"flip": flip}, "seed": 3}
-    config = ml_collections.ConfigDict(config | {"parallel": {"microbatches": 1}})
+    config = load_file(f"{ROOT}/configs/digits.py")
+    config.model.update(channels=8, channel_multipliers=(1,), attention_resolutions=())
+    config.train.update(batch_size=D, timesteps="stratified")
+    config.train.keep_best = "bits_per_dim_test"  # A result that is not measured here.
+    config.evaluation.split = ("train",)
+    config.data.flip, config.seed = flip, 3
     task = masked_model.make_task(config, model)
     return jax.jit(
         lambda params, images: masked_model.losses(model, task, params, images, jnp.arange(D), 5)
@@ -457,6 +450,13 @@ def test_wrong_requests_are_refused_in_a_line_before_any_work(run, flags, messag
     assert figure(run, *flags) == 2
     out = capsys.readouterr()
     assert message in out.err and len(out.err.splitlines()) == 1 and not out.out
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused_before_any_work(run, monkeypatch, capsys):
+    monkeypatch.setattr(job, "make_layout", lambda mode: types.SimpleNamespace(num_devices=3))
+    assert figure(run) == 2
+    out = capsys.readouterr()
+    assert "train.batch_size=8 does not divide by 3: 3 devices" in out.err and not out.out
 
 
 def test_bits_and_the_refusal_where_the_two_ways_differ(unet):
