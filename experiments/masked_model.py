@@ -37,6 +37,10 @@ SAMPLES = 16
 ROUNDING = {"float32": 1e-4, "bfloat16": 1e-2}
 
 
+class DisagreementError(NonFiniteError):
+    """Two ways to the same number differ, which is reported like a number that is none."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """p_θ of a masking process over images.
@@ -247,7 +251,7 @@ def measure(study: common.Study, model: Model, params: Any, images: np.ndarray) 
 
     Raises:
       NonFiniteError: the network's output is not finite.
-      ArithmeticError: the two differ by more than rounding.
+      DisagreementError: the two differ by more than rounding; nothing of that batch is kept.
     """
     layout, T = study.run.layout, model.masking.num_steps  # noqa: N806 (the paper's name)
     batch = padded_batch(min(study.run.config.evaluation.batch_size, len(images)), layout)
@@ -263,6 +267,7 @@ def measure(study: common.Study, model: Model, params: Any, images: np.ndarray) 
         padded = np.concatenate([chosen, np.repeat(chosen[-1:], batch - length, axis=0)])
         found = both(params, from_host(padded, layout.split(0)))
         terms, scores = (to_host(x)[:length].astype(np.float64) / math.log(2) / T for x in found)
+        check_equal(terms, scores, study.run.config.model.dtype)
         return {"terms": terms, "scores": scores}
 
     height, width, channels = model.shape
@@ -277,14 +282,30 @@ def measure(study: common.Study, model: Model, params: Any, images: np.ndarray) 
     )
     of_images = {"images_crc32": runs.fingerprint({"images": jnp.asarray(images)})}
     protocol = protocol_of(model, params) | of_images
-    found = study.arrays(protocol, len(images), batch, piece)
-    bound, chain = found["terms"].sum(axis=1), -found["scores"].sum(axis=1)
-    if not np.isfinite(bound).all():
-        raise NonFiniteError("bits/dim is not finite: the network's output is not; start again")
+    return study.arrays(protocol, len(images), batch, piece)
+
+
+def check_equal(terms: np.ndarray, scores: np.ndarray, dtype: str) -> None:
+    """Refuses numbers that are not those of one likelihood; see `measure`.
+
+    Args:
+      dtype: the network's.
+    Raises:
+      NonFiniteError, DisagreementError: see `measure`.
+    """
+    bound, chain = terms.sum(axis=1), -scores.sum(axis=1)
+    if not np.isfinite(bound).all() or not np.isfinite(chain).all():
+        raise NonFiniteError(
+            "bits/dim is not finite: the network's output is not; start again, with a lower "
+            "train.learning_rate"
+        )
     apart = np.abs(bound - chain).max()
-    if apart > ROUNDING[study.run.config.model.dtype] * bound.max() or found["terms"][:, -1].any():
-        raise ArithmeticError(f"the bound and the chain rule differ by {apart:.3g} bits/dim")
-    return found
+    if apart > ROUNDING[dtype] * bound.max() or terms[:, -1].any():
+        raise DisagreementError(
+            f"the bound and the chain rule differ by {apart:.3g} of {bound.max():.3g} bits/dim, "
+            f"more than rounding in {dtype}: nothing is published; run with "
+            "JAX_DEFAULT_MATMUL_PRECISION=highest"
+        )
 
 
 def protocol_of(model: Model, params: Any) -> dict[str, Any]:
