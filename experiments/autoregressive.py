@@ -35,11 +35,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import diffusion, figures, keys, likelihood, runs, sampling
+from ddpm_jax import diffusion, figures, keys, likelihood, runs
 from ddpm_jax.config import RequestError
 from ddpm_jax.data import Source, open_source, to_float
 from ddpm_jax.evaluation import reference, requests
 from ddpm_jax.evaluation.manifest import Measured
+from ddpm_jax.generation import padded_batch
+from ddpm_jax.parallel import from_host, to_host
+from ddpm_jax.parts import Arrays
+from ddpm_jax.training.metrics import NonFiniteError
 from experiments import common, masking
 from experiments.common import over_images, style
 from experiments.masked_model import (
@@ -54,6 +58,7 @@ from experiments.masked_model import (
     protocol_of,
 )
 from experiments.masking import Masking
+from experiments.variance_choices import chosen_process
 
 NAME = "autoregressive"
 ORDERS = ("raster", "random")
@@ -123,36 +128,58 @@ def histogram_bits(model: Model, training: Source, images: np.ndarray) -> np.nda
 def bits_saved(study: common.Study, setup: Setup, images: np.ndarray) -> np.ndarray:
     """What the Gaussian's L_0 of each image, bits/dim [n], saves with its mass on the levels alone.
 
-    −log2 of the decoder's probability of the levels that occur, at the x_1 of the run's own bound
-    (its first draw): p(x_0|x_1) divided by it is a distribution over them.
+    −log2 of the decoder's probability of the levels that occur, at the x_1 of the run's own bound,
+    the mean over its draws: p(x_0|x_1) divided by it is a distribution over them.
+
+    Raises:
+      NonFiniteError: the network's output is not finite.
     """
     run, e = study.run, study.run.config.evaluation
-    process = sampling.shorten(run.process, e.steps) if e.steps else run.process
-    levels = to_float(jnp.asarray(setup.model.levels))
+    process, levels = chosen_process(run), to_float(setup.model.levels)
+    batch = padded_batch(min(e.batch_size, len(images)), run.layout)
 
-    @jax.jit
-    def saved(images: jax.Array, index: jax.Array) -> jax.Array:
+    def saved(params: Any, images: jax.Array, index: jax.Array) -> jax.Array:
         x0, t = to_float(images), jnp.ones(len(images), jnp.int32)
-        noise = keys.normal(keys.example_keys(run.config.seed, "bound", 0, index), 1, x0.shape[1:])
-        x_1 = diffusion.q_sample(process.schedule, x0, t, noise)
-        output = run.apply(run.params, x_1, process.schedule.timesteps[t])
-        p, _ = diffusion.p_distribution(process, output, x_1, t, e.clip)
 
-        def add(total: jax.Array, level: jax.Array) -> tuple[jax.Array, None]:
-            log_p = likelihood.discretized_gaussian_log_likelihood(
-                jnp.full_like(x0, level), p.mean, 0.5 * p.log_variance
+        def of_draw(draw: jax.Array) -> jax.Array:
+            example_keys = keys.example_keys(run.config.seed, "bound", draw, index)
+            x_1 = diffusion.q_sample(
+                process.schedule, x0, t, keys.normal(example_keys, 1, x0.shape[1:])
             )
-            return jnp.logaddexp(total, log_p), None
+            output = run.apply(params, x_1, process.schedule.timesteps[t])
+            p, _ = diffusion.p_distribution(process, output, x_1, t, e.clip)
 
-        log_mass, _ = jax.lax.scan(add, jnp.full(x0.shape, -jnp.inf), levels)
-        return -likelihood.bits_per_dim(log_mass)
+            def add(total: jax.Array, level: jax.Array) -> tuple[jax.Array, None]:
+                log_p = likelihood.discretized_gaussian_log_likelihood(
+                    jnp.full_like(x0, level), p.mean, 0.5 * p.log_variance
+                )
+                return jnp.logaddexp(total, log_p), None
 
-    batch = e.batch_size
-    parts = [
-        np.asarray(saved(images[i : i + batch], jnp.asarray(setup.positions[i : i + batch])))
-        for i in range(0, len(images), batch)
-    ]
-    return np.concatenate(parts).astype(np.float64)
+            log_mass, _ = jax.lax.scan(add, jnp.full(x0.shape, -jnp.inf), levels)
+            return -likelihood.bits_per_dim(log_mass)
+
+        return jax.lax.map(of_draw, jnp.arange(e.draws)).mean(axis=0)
+
+    one = run.layout.split(0)
+    compiled = jax.jit(saved, in_shardings=(run.params_sharding, one, one), out_shardings=one)
+
+    def piece(start: int, length: int) -> Arrays:
+        number = np.minimum(np.arange(start, start + batch), start + length - 1)
+        placed = from_host(images[number], one), from_host(np.int32(setup.positions[number]), one)
+        found = to_host(compiled(run.params, *placed))[:length].astype(np.float64)
+        if not np.isfinite(found).all():
+            raise NonFiniteError("L_0 is not finite: the network's output is not")
+        return {"saved": found}
+
+    protocol = {
+        "levels": setup.model.levels.tolist(),
+        "images_crc32": runs.fingerprint({"images": jnp.asarray(images)}),
+        "positions": setup.positions.tolist(),
+        "draws": e.draws,
+        "chain": process.schedule.num_steps,
+        "clip": e.clip,
+    }
+    return study.arrays(protocol, len(images), batch, piece)["saved"]
 
 
 def draw(
@@ -277,17 +304,16 @@ def work(study: common.Study) -> None:
     samples = draw_samples(study, model, params)
     alone = histogram_bits(model, setup.training, images)
     gaussian = study.bound(setup.source.split).total.mean(axis=1)[setup.subset]
-    on_levels = gaussian - bits_saved(study, setup, images)
     bound, chain = found["terms"].sum(axis=1), -found["scores"].sum(axis=1)
     compared = {
         f"uniform, {len(model.levels)} levels": Measured(math.log2(len(model.levels))),
         "each coordinate alone": over_images(alone.mean(axis=1)),
         "autoregressive": over_images(bound),
         "Gaussian diffusion, 256 bins": over_images(gaussian),
-        f"Gaussian diffusion, {len(model.levels)} levels": over_images(on_levels),
     }
-    if len(model.levels) == 256:
-        del compared["Gaussian diffusion, 256 levels"]
+    if len(model.levels) < 256:
+        on_levels = gaussian - bits_saved(study, setup, images)
+        compared[f"Gaussian diffusion, {len(model.levels)} levels"] = over_images(on_levels)
     text = {name: value.text() for name, value in compared.items()}
     names = list(compared)
     notes = [
