@@ -37,7 +37,7 @@ from ddpm_jax.evaluation import requests
 from ddpm_jax.evaluation.drawing import Drawer
 from ddpm_jax.evaluation.evaluators import QualityEvaluator
 from ddpm_jax.evaluation.manifest import Measured
-from ddpm_jax.evaluation.neighbors import neighbors_of
+from ddpm_jax.evaluation.neighbors import memorization_limit, neighbors_of
 from ddpm_jax.evaluation.results import evaluate_and_keep
 from ddpm_jax.interruption import Watch
 from experiments import common
@@ -68,6 +68,11 @@ class Shown(NamedTuple):
     rows: np.ndarray
     neighbors: np.ndarray
     arrays: str
+
+    @property
+    def limit(self) -> float | None:
+        """The distance below which a sample counts as memorised; None with too few held out."""
+        return None if self.held_out is None else memorization_limit(self.held_out)
 
 
 def work(study: Study) -> None:
@@ -170,6 +175,7 @@ def _row(one: Shown, count: int) -> dict[str, Any]:
         "median": float(one.result),
         "median_standard_error": one.result.standard_error,
         **{name: one.result.details.get(name) for name in more},
+        "memorization_limit": one.limit,
     }
 
 
@@ -185,16 +191,16 @@ def _note(one: Shown, count: int, split: str, held_out: Source | None) -> str:
         f"; of {len(one.held_out):,} images of {held_out.split} the median is "
         f"{d['held_out_quantile_0.5']:.4g}, copies {d['held_out_copies']:.0f}"
     )
-    if "memorization" in d:
+    if one.limit is not None:
         closer, expected = _closer(one)
         text += f"; {closer} of the samples are closer than 99 % of those (expected: {expected})"
     return text + "."
 
 
 def _closer(one: Shown) -> tuple[str, str]:
-    """The share of samples below the held-out images' 1 % quantile, and the expected one.
+    """The share of samples below the limit, held-out images' 1 % quantile, and the expected one.
 
-    An honest sample is below the quantile of h images with a probability that has a Beta
+    An honest sample is below the limit from h images with a probability that has a Beta
     distribution of mean p = 0.01 and variance p (1 − p) / (h + 2).
     """
     d, spread = one.result.details, math.sqrt(0.01 * 0.99 / (len(one.held_out) + 2))
@@ -223,8 +229,7 @@ def draw(shown: list[Shown], images: np.ndarray, split: str, held_out: str) -> A
 
 
 def _draw_pairs(axes: Any, one: Shown, images: np.ndarray, split: str, held_out: str) -> None:
-    limit = one.result.details.get("held_out_quantile_0.01", 0.0)
-    k = one.neighbors.shape[1]
+    limit, k = one.limit or 0.0, one.neighbors.shape[1]
     for row, (sample, neighbors) in enumerate(zip(one.rows, one.neighbors, strict=True)):
         y = row * PITCH
         _draw_image(axes, images[sample], 0, y)
@@ -259,12 +264,12 @@ def _draw_distances(axes: Any, one: Shown, split: str, held_out: str) -> None:
         error = np.sqrt(share * (1 - share) / len(values))
         axes.step(x, share, where="post", color=color, label=f"{len(values):,} {name}")
         axes.fill_between(x, share - error, share + error, step="post", color=color, alpha=0.2)
-    details, text = one.result.details, []
-    if "memorization" in details:
-        axes.axvline(details["held_out_quantile_0.01"], color="tab:red", ls="--", lw=1)
+    text = []
+    if one.limit is not None:
+        axes.axvline(one.limit, color="tab:red", ls="--", lw=1)
         closer, expected = _closer(one)
         text += ["left of the red line:", f"{closer} of samples", f"(expected: {expected})"]
-    text.append(f"copies: {details['copies']:.0f}")
+    text.append(f"copies: {one.result.details['copies']:.0f}")
     axes.text(0.97, 0.05, "\n".join(text), ha="right", transform=axes.transAxes, fontsize=11)
     axes.set(ylim=(0, 1), xlim=(0, None))
     unit = "pixels in [−1, 1]" if one.name == "pixels" else f"features of {one.name}"

@@ -9,8 +9,8 @@ figures/progressive_generation.png with
 
 - x̂_0 of the first samples from T down to 0 (Fig. 6);
 - a metric of sample quality of x̂_0 over time, beside that of as many real images held out
-  (`evaluation.split`), both against `evaluation.reference`; Fréchet distances of few images are
-  mostly bias, so that they are to be read against that line and not against 0;
+  (`evaluation.split`) where there are any, both against `evaluation.reference`; Fréchet
+  distances of few images are mostly bias: they are to be read against that line, not against 0;
 - for some t, an x_t from the middle of a chain and several reverse processes that go on from it
   with noise of their own (Fig. 7). The share of the variance that is fixed at t is
   1 − (variance among images from one x_t) / (variance among all samples), each averaged over the
@@ -33,23 +33,20 @@ import numpy as np
 
 from ddpm_jax import sampling
 from ddpm_jax.config import RequestError
-from ddpm_jax.data import Source
 from ddpm_jax.diffusion import Process
-from ddpm_jax.evaluation import cost, names, reference, requests
-from ddpm_jax.evaluation.features import Extractor, make_extractor
+from ddpm_jax.evaluation import cost, names, requests
 from ddpm_jax.evaluation.manifest import Measured
-from ddpm_jax.evaluation.metrics import Estimate
-from ddpm_jax.evaluation.quality import METRICS, Sets, check
 from ddpm_jax.figures import grid
 from ddpm_jax.generation import compile_sampler, padded_batch
 from ddpm_jax.parallel import to_host
-from ddpm_jax.parts import Arrays, collect
+from ddpm_jax.parts import Arrays
 from ddpm_jax.runs import image_shape
 from ddpm_jax.schedules import spaced
 from ddpm_jax.training.metrics import NonFiniteError
 from experiments import common
 from experiments.common import Study
-from experiments.continuations import Shared, row, share
+from experiments.continuations import Shared, share
+from experiments.quality_curve import Quality
 
 FRAMES = 39  # Times at which x̂_0 is kept, the final sample aside; of these
 POINTS = 20  # so many are measured.
@@ -60,7 +57,10 @@ SHOWN_CHAINS, SHOWN_CONTINUATIONS = 4, 4  # Of Fig. 7.
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The experiment's own flags."""
-    parser.add_argument("--metric", default="fd_pixels", help="as in evaluation.metrics")
+    parser.add_argument(
+        "--metric",
+        help="as in evaluation.metrics; fd_pixels unless given, kd_pixels for large images",
+    )
     parser.add_argument("--count", type=int, default=128, help="samples that are measured")
     parser.add_argument("--times", default="", help="of Fig. 7; T, 3T/4, T/2, T/4 unless given")
     parser.add_argument("--chains", type=int, default=8, help="whose x_t are gone on from")
@@ -83,12 +83,14 @@ def work(study: Study) -> None:
         )
     path, quality = Path.of(process), Quality.of(study)
     drawn = draw(study, path)
-    curve = quality.curve(study, drawn, path)
+    sets = [*drawn["path"].swapaxes(0, 1), drawn["images"]]
+    curve = quality.curve(study, sets, path.protocol(study))
     sampler, shared = sampler_protocol(study), None
     if not deterministic:
         shared = share(study, process, sampler, forks, drawn["images"])
     frames = keep_frames(study, path, drawn)
-    rows, notes = quality.rows(curve, path), quality.notes(study, curve, path)
+    times = [path.times[k] for k in path.points]
+    rows, notes = quality.rows(curve, times), quality.notes(study, curve)
     protocol = path.protocol(study) | quality.protocol(study)
     if shared:
         rows += shared.rows()
@@ -186,130 +188,6 @@ def keep_frames(study: Study, path: Path, drawn: Arrays) -> Any:
     return study.arrays_path(protocol)
 
 
-@dataclasses.dataclass(frozen=True)
-class Quality:
-    """A metric of sample quality, of x̂_0 and of real images.
-
-    held_out: positions in `source` of as many real images as there are samples, or all of fewer;
-    none where the metric needs more.
-    """
-
-    metric: str
-    extractor: Extractor
-    compute: reference.Compute
-    batch: int
-    real: reference.Reference | None
-    source: Source
-    held_out: np.ndarray
-
-    @classmethod
-    def of(cls, study: Study) -> Quality:
-        """What --metric names, its reference's features computed unless they are there.
-
-        Raises:
-          RequestError: no such metric, data or weights; or too few images for it.
-        """
-        config, count, asked = study.run.config, study.flags.count, study.flags.metric
-        e = config.evaluation
-        try:
-            metric, features = names.parse(asked)
-        except ValueError as error:
-            raise RequestError(f"--metric{str(error).removeprefix('evaluation.metrics')}") from None
-        if metric == names.BOUND:
-            raise RequestError(f"--metric={asked} is not of samples; choose fd_pixels, say")
-        reals = requests.open_split(config, e.reference, "evaluation.reference")
-        requests.positions(reals, e.reference_count, "evaluation.reference_count")
-        others = [split for split in e.split if split != e.reference]
-        if not others:
-            raise RequestError(
-                f"config.evaluation.split={','.join(e.split)}: name a split other than "
-                f"{e.reference}, whose images stand beside the samples"
-            )
-        source = requests.open_split(config, others[0], "evaluation.split")
-        extractor = make_extractor(features, e.weights, e.cache_dir)
-        try:
-            check([metric], extractor, count, image_shape(config), e.reference_count or len(reals))
-        except ValueError as error:
-            raise RequestError(f"--metric={asked} --count={count}: {error}") from None
-        beside = min(count, len(source)) if len(source) >= METRICS[metric][0] else 0
-        held_out = reference.evenly(len(source), beside) if beside else np.arange(0)
-        batch = padded_batch(e.batch_size, study.run.layout)
-        compute = reference.compile_extractor(extractor, study.run.layout, batch)
-        how = e.reference_count, e.reference_mirror, e.cache_dir, e.statistics, batch, study.say
-        real = None
-        if metric != "is":
-            real = reference.load_reference(extractor, compute, reals, *how)
-        return cls(metric, extractor, compute, batch, real, source, held_out)
-
-    @property
-    def values(self) -> list[str]:
-        """The names of what the metric gives, e.g. fd_pixels."""
-        return [f"{value}_{self.extractor.name}" for value in names.KINDS[self.metric].values]
-
-    def protocol(self, study: Study) -> dict[str, Any]:
-        """All that the curve depends on, beside the samples."""
-        return {
-            "metric": self.metric,
-            "features": {"name": self.extractor.name, **self.extractor.identity},
-            "reference": self.real and self.real.protocol,
-            "held_out": reference.data_protocol(self.source, len(self.held_out)),
-            "seed": study.run.config.seed,
-        }
-
-    def curve(self, study: Study, drawn: Arrays, path: Path) -> Arrays:
-        """value and error, each float64 [points + 2, values]; an unknown error is NaN.
-
-        Of x̂_0 at each point, of the samples and, where there are enough, of the images held out.
-        """
-        sets = [*drawn["path"].swapaxes(0, 1), drawn["images"]]
-        if len(self.held_out):
-            sets.append(self.source.images(self.held_out))
-
-        def piece(start: int, length: int) -> Arrays:
-            estimates = [self._measure(study, sets[start + k]) for k in range(length)]
-            errors = [[e.standard_error for e in found] for found in estimates]
-            return {
-                "value": np.array([[e.value for e in found] for found in estimates]),
-                "error": np.array(errors, dtype=np.float64),  # None is NaN.
-            }
-
-        protocol = path.protocol(study) | {"part": "quality"} | self.protocol(study)
-        return study.arrays(protocol, len(sets), 1, piece, "point")
-
-    def _measure(self, study: Study, images: np.ndarray) -> list[Estimate]:
-        piece = lambda start, length: self.compute(images[start : start + length])  # noqa: E731
-        found = collect(len(images), self.batch, piece, "image", study.say)
-        seed = study.run.config.seed
-        sets = Sets(found["features"], found.get("logits"), self.real, None, seed)
-        return list(METRICS[self.metric][2](sets).values())
-
-    def rows(self, curve: Arrays, path: Path) -> list[dict[str, Any]]:
-        """Those of the table."""
-        of = [("x0_hat", path.times[k]) for k in path.points] + [("samples", 0)]
-        of += [("held-out images", None)] * (len(self.held_out) > 0)
-        return [
-            row(name, *of[k], curve["value"][k, j], curve["error"][k, j])
-            for j, name in enumerate(self.values)
-            for k in range(len(of))
-        ]
-
-    def notes(self, study: Study, curve: Arrays, path: Path) -> list[str]:
-        """What the curve ends at, beside the real images, and what to beware of."""
-        count, real, notes = study.flags.count, len(self.held_out), []
-        for j, name in enumerate(self.values):
-            text = [
-                Measured(curve["value"][k, j], curve["error"][k, j]).text()
-                for k in range(len(path.points), len(curve["value"]))
-            ]
-            beside = f", {text[1]} for {real:,} images of {self.source.split}" if real else ""
-            notes.append(f"{name}: {text[0]} for {count:,} samples{beside}.")
-        if self.metric == "fd" and real not in (0, count):
-            notes.append(f"Fréchet distances fall with n: {count:,} and {real:,} are not alike.")
-        if self.metric == "fd" and count <= self.extractor.num_features(self.source.image_shape):
-            notes.append("With no more images than features a Fréchet distance is mostly bias.")
-        return notes
-
-
 def draw_figure(
     path: Path, drawn: Arrays, quality: Quality, curve: Arrays, shared: Shared | None
 ) -> bytes:
@@ -352,10 +230,13 @@ def draw_curve(axis: Any, path: Path, quality: Quality, curve: Arrays) -> None:
     values = curve["value"]
     if (values > 0).all() and values.max() > 10 * values.min():
         axis.set_yscale("log")
-    better = names.KINDS[quality.metric].better
+    kind = names.KINDS[quality.metric]
     count = f"{len(quality.real.features):,} images" if quality.real else ""
     against = f" against {count} of {quality.real.protocol['split']}" if quality.real else ""
-    axis.set(xlabel="T − t, times of the trained chain gone", ylabel=f"{better} is better")
+    axis.set(
+        xlabel="T − t, times of the trained chain gone",
+        ylabel=f"{kind.better} is better" if kind.better else kind.unit,
+    )
     axis.set_title(f"quality of x̂_0{against}")
     axis.grid(alpha=0.3)
     axis.legend()

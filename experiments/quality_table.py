@@ -6,13 +6,13 @@ See `sample_quality`, which writes it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ddpm_jax import generation
-from ddpm_jax.config import RequestError
+from ddpm_jax.config import RequestError, default_config
 from ddpm_jax.data import Source
 from ddpm_jax.evaluation import manifest, names, quality, reference
 from ddpm_jax.evaluation.features import make_extractor
@@ -125,7 +125,7 @@ def table(
     percent, n = 100 * outside.astype(np.float64), len(outside)
     error = float(percent.std(ddof=1)) / n**0.5 if n > 1 else None
     share = Measured(float(percent.mean()), error, "% of values", "lower")
-    of_these = _of_samples(_manner_of(run), run.config)
+    of_these = f"{_of_samples(_manner_of(run), run.config)}; seed {run.config.seed}"
     return [*rows.values(), Row("out_of_range", share, of_these)]
 
 
@@ -139,19 +139,20 @@ def as_row(m: Manifest, file: str) -> Row:
 def in_words(m: Manifest) -> str:
     """The protocol, and of the estimator what the number's error depends on."""
     p, config = m.measured.protocol, m.subject["config"]
+    seed = f"seed {m.measured.estimator['seed']}"
     if "features" in p:
         text = _of_samples(p, config)
         if "reference" in p:
             mirrored = " and their mirror images" if p["reference"].get("mirror") else ""
             text += f"; against {_images(p['reference'])}{mirrored}"
         network = p["features"]["name"]
-        return f"{text}; in {'pixels' if network == 'pixels' else network + ' features'}"
+        return f"{text}; in {'pixels' if network == 'pixels' else network + ' features'}; {seed}"
     steps = config["diffusion"]["num_steps"] if p["chain"] == "all" else p["chain"]
     terms, draws = m.measured.estimator["terms"], m.measured.estimator["draws"]
     text = f"{_images(p)}; chain of {steps:,} steps, "
     text += "all terms" if terms == "all" else f"{terms:,} stratified terms an image"
     text += f" at {draws} draws of the noise" if draws > 1 else ""
-    return f"{text}; x̂_0 {'' if p['clip'] else 'not '}clipped; {_parameters(p)}"
+    return f"{text}; x̂_0 {'' if p['clip'] else 'not '}clipped; {_parameters(p)}; {seed}"
 
 
 def _images(p: dict[str, Any]) -> str:
@@ -186,14 +187,23 @@ def paper_s(m: Manifest) -> str:
     kind = config["diffusion"]["prediction"], config["train"]["objective"]
     fixed = config["diffusion"]["variance"].startswith("fixed")
     alike = fixed and p["clip"] and p["chain"] == "all" and p["parameters"] == "ema"
+    alike &= p["dtype"] == "float32" and has_paper_s_chain(config)
     if "features" in p:
         real = p.get("reference", {"data": config["data"]["name"]})
         whole = real.get("split", "train") == "train" and real.get("images") == real.get("of")
         alike &= p["sampler"] == "ancestral" and whole and not real.get("mirror")
     else:
         real = p
+        alike &= p["images"] == p["of"]
     on_cifar10 = real["data"].partition(":")[0] == "cifar10"
     return PAPER.get(kind, {}).get(m.name, "") if alike and on_cifar10 else ""
+
+
+def has_paper_s_chain(config: Mapping[str, Any]) -> bool:
+    """Whether a run's T and β_t are the paper's (§4)."""
+    chain, theirs = config["diffusion"], default_config().diffusion
+    keys = ("num_steps", "schedule", "beta_start", "beta_end")
+    return all(chain[key] == theirs[key] for key in keys)
 
 
 def real_lines(
@@ -228,7 +238,9 @@ def real_lines(
         for value, pair in _both(space, images, source, held_out, list(files), n).items():
             m = found[files[value]]
             protocol, kind = m.measured.protocol | {"samples": n}, m.measured
-            own, real = (Measured(*x, kind.unit, kind.better, protocol) for x in pair)
+            own, real = (
+                Measured(*x, kind.unit, kind.better, protocol, kind.estimator) for x in pair
+            )
             if n == len(images):
                 lines[files[value]] = dataclasses.replace(as_row(m, files[value]), real=real)
                 continue

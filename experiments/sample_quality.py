@@ -6,7 +6,7 @@
 Writes sample_quality.png, .csv, .md and .json into the run's figures/: the first samples, not
 selected, beside real images, and a table of the results in the run's evaluation/ that are of these
 parameters, each with its standard error and, in words, the protocol it was measured under. What
-`evaluation.metrics` names and is not there is measured first, as --mode=evaluate does.
+`evaluation.metrics` asks for and is not there is measured first, as --mode=evaluate does.
 
 How to read it. "real" is the same for as many held-out images instead of samples: what a perfect
 model would get. Fréchet distances depend on the number of images; where there are fewer held-out
@@ -23,8 +23,6 @@ or the paper's 50,000 in Inception's features are asked for. For results of the 
 from __future__ import annotations
 
 import argparse
-import copy
-import dataclasses
 import functools
 import sys
 import textwrap
@@ -41,7 +39,7 @@ from ddpm_jax.evaluation.results import evaluate
 from experiments import common, quality_table
 from experiments.common import Study
 from experiments.quality_table import Row
-from experiments.sample_sets import asked, drawn_by, held_out_split
+from experiments.sample_sets import drawn_by, held_out_split
 
 # In the picture, in inches: a line of text, a grid, the whole, and where the columns are.
 LINE, GRID, WIDTH = 0.25, 5.4, 11.6
@@ -55,28 +53,24 @@ def work(study: Study) -> None:
         raise RequestError(f"--count={count}: at least 1 image is needed in the grid")
     source = requests.open_split(study.run.config, e.reference, "evaluation.reference")
     held_out = held_out_split(study)
-    missing = missing_metrics(study)
-    drawing = any(names.parse(metric)[1] for metric in missing)
+    of_samples = any(names.parse(metric)[1] for metric in e.metrics)
+    paper_s = of_samples and e.count == names.PAPER_COUNT
     run = drawn_by(
-        study,
-        e.count if drawing else 0,
-        max(count, 2),
-        shorten=not (drawing and e.count == names.PAPER_COUNT),
+        study, e.count if of_samples else 0, max(count, 2), shorten=not paper_s, exactly=paper_s
     )
-    if missing:
-        config = copy.deepcopy(run.config)
-        config.evaluation.metrics = missing
-        evaluate(dataclasses.replace(run, config=config), study.directory, study.say)
+    run.config.evaluation.count = run.config.sample.count
+    evaluate(run, study.directory, study.say)
     images, outside = Drawer(study.say)(run, study.directory, None)
     rows = quality_table.table(study, run, images, outside, source, held_out)
     title = f"{study.directory.path.name}, step {run.step}: samples and their quality"
     text = quality_table.markdown(title, rows)
-    files.replace(study.directory.figures / f"{study.name}.md", text)
     shown = images[:count]
     real = source.images(reference.evenly(len(source), min(count, len(source))))
+    picture = common.to_png(draw(shown, real, rows, f"{source.name}/{source.split}"))
+    files.replace(study.directory.figures / f"{study.name}.md", text)
     study.save(
         title,
-        common.to_png(draw(shown, real, rows, f"{source.name}/{source.split}")),
+        picture,
         [row.columns() for row in rows],
         {
             "samples": generation.sampling_protocol(run),
@@ -87,22 +81,6 @@ def work(study: Study) -> None:
             f"the table is in {study.name}.md too, to be pasted.",
             *(f"{row.result}: {row.measured.text()} ({row.protocol})." for row in rows[-1:]),
         ],
-    )
-
-
-def missing_metrics(study: Study) -> tuple[str, ...]:
-    """The requests of `config.evaluation.metrics` that have no result of these parameters yet.
-
-    Where the request draws samples in its own way, all that look at samples are among them.
-    """
-    e = study.run.config.evaluation
-    there = {found.name for found in quality_table.results_there(study).values()}
-    otherwise = asked(study)
-    return tuple(
-        metric
-        for metric in e.metrics
-        if not names.results((metric,), e.split, e.count).keys() <= there
-        or (otherwise and names.parse(metric)[1])
     )
 
 

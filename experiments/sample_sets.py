@@ -27,7 +27,13 @@ COUNT_ALL_STEPS = 128  # Where the chain cannot be shortened.
 NETWORK = "effnetlite0_64"
 
 
-def drawn_by(study: Study, count: int = 0, default: int = COUNT, shorten: bool = True) -> Run:
+def drawn_by(
+    study: Study,
+    count: int = 0,
+    default: int = COUNT,
+    shorten: bool = True,
+    exactly: bool = False,
+) -> Run:
     """The run with `config.sample` and seed as they drew, or will draw, the samples to look at.
 
     Those on the disk from the same parameters are taken: a set of just so many or else the largest,
@@ -37,11 +43,14 @@ def drawn_by(study: Study, count: int = 0, default: int = COUNT, shorten: bool =
       count: the least number of them; 0 for any.
       default: how many will be drawn where `count` is 0, fewer of a chain that cannot be shortened.
       shorten: whether what is drawn may have a shorter chain, if the request names no other.
+      exactly: whether only sets of `count` are taken.
     """
     there = []
     for path in sorted(study.directory.samples.glob("step*.npz")):
         run = _drew(study.run, path)
         if run is None or run.config.sample.count < max(count, 2):
+            continue
+        if exactly and run.config.sample.count != count:
             continue
         if not asked(study) or manner(run) == manner(study.run):
             found = run.config.sample.count

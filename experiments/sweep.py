@@ -111,7 +111,7 @@ def _run(argv: Sequence[str]) -> int:
         jax.config.update("jax_platforms", "cpu")
     plan = make_plan(sweep, directory, seeds_of(flags.seeds), overrides)
     if flags.mode == "check":
-        check.report(plan, flags.jobs, _say)
+        check.report(plan, flags.jobs, flags.together, _say)
         return 0
     command = shlex.join(["python", "-m", "experiments.sweep", *argv])
     if flags.mode == "table":

@@ -197,14 +197,30 @@ def nearest_neighbors(
         held_out = as_rows(held_out_features, 1, "held-out", np.shape(features)[1])
         others = neighbors_of(held_out, reference_features).distances[:, 0]
         details |= _quantiles(others, "held_out_")
-        if len(held_out) >= LEAST_HELD_OUT:
-            details |= _memorization(own, others)
+        limit = memorization_limit(others)
+        if limit is not None:
+            details |= _memorization(own, limit)
     return Estimate(float(np.median(own)), _median_error(own), details)
 
 
-def _memorization(own, held_out):
-    # This quantile of h points has expectation 0.01 in the distribution that they are from.
-    closer = _mean(own < np.quantile(held_out, 0.01, method="weibull"))
+def memorization_limit(held_out: np.ndarray) -> float | None:
+    """The distance below which `memorization` counts a sample: held-out points' 1 % quantile.
+
+    Weibull's quantile, since that of h points has expectation 0.01 in the distribution that they
+    are from.
+
+    Args:
+      held_out: [h], distances of held-out points to the reference.
+    Returns:
+      None for h < 99, whose 1 % quantile would be below the least of them.
+    """
+    if len(held_out) < LEAST_HELD_OUT:
+        return None
+    return float(np.quantile(held_out, 0.01, method="weibull"))
+
+
+def _memorization(own, limit):
+    closer = _mean(own < limit)
     if closer.standard_error is None:
         return {"memorization": closer.value}
     return {

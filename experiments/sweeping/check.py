@@ -94,9 +94,11 @@ def take_share(num_jobs: int) -> None:
         os.sched_setaffinity(0, cpus)
 
 
-def report(plan: Plan, num_jobs: int, say: Say) -> None:
+def report(plan: Plan, num_jobs: int, together: bool, say: Say) -> None:
     """Checks every cell and says what the sweep costs on this machine, from a short timing.
 
+    Args:
+      together: whether the seeds of a cell are to be trained in one program.
     Raises:
       RequestError: a cell that cannot run.
     """
@@ -135,6 +137,8 @@ def report(plan: Plan, num_jobs: int, say: Say) -> None:
         "(not counted: starting the programs, compiling the evaluation, feature networks and what "
         "they leave on the disk, evaluation while training)"
     )
+    if together:
+        say("(seeds are counted one by one: what --together saves is to come off)")
     if disk > free:
         raise RequestError(
             f"--workdir={plan.directory}: {disk / 2**30:.1f} GiB are needed, {free / 2**30:.1f} "

@@ -12,9 +12,10 @@ from untrained_run import untrained
 
 from ddpm_jax import generation, runs
 from ddpm_jax.data import open_source
-from ddpm_jax.evaluation import manifest, names, reference, results
+from ddpm_jax.evaluation import evaluators, manifest, names, reference
 from experiments import common, quality_table, sample_quality
 
+CHAIN = {"num_steps": 1000, "schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 REAL = {"data": "cifar10", "split": "train", "images": 50000, "of": 50000, "mirror": False}
 BOUND = {
     "data": "cifar10",
@@ -46,7 +47,7 @@ def by_hand(name, value, error, protocol, crc="", objective="simple", prediction
     of_bound = "features" not in protocol
     config = {
         "data": {"name": "cifar10"},
-        "diffusion": {"num_steps": 1000, "prediction": prediction, "variance": "fixed_large"},
+        "diffusion": {"prediction": prediction, "variance": "fixed_large", **CHAIN},
         "train": {"objective": objective},
     }
     return {
@@ -102,10 +103,10 @@ def make(workdir, *flags):
     return sample_quality.main([f"--run={workdir}", *flags])
 
 
-def table(workdir):
-    """The table's lines, by result and file."""
+def table(workdir, files=""):
+    """The table's lines by result, of manifests whose name contains this."""
     with (workdir / "figures" / "sample_quality.csv").open() as file:
-        return {row["result"]: row for row in csv.DictReader(file)}
+        return {row["result"]: row for row in csv.DictReader(file) if files in row["file"]}
 
 
 def put(workdir, *manifests):
@@ -141,7 +142,7 @@ def test_what_is_missing_is_measured_and_shown(made):
     assert "20 of 256 images of digits/test" in words and "chain of 20 steps, all terms" in words
     words = rows["fd_pixels_300"]["protocol"]
     assert words.startswith("300 samples: ancestral, all 20 steps, x̂_0 clipped")
-    assert words.endswith("against all 1,541 images of digits/train; in pixels")
+    assert words.endswith("against all 1,541 images of digits/train; in pixels; seed 0")
     half = next(m for m in there if m["name"] == "nearest_pixels_300")["details"]
     real = float(rows["nearest_pixels_300"]["real"])
     assert real == pytest.approx(half["held_out_quantile_0.5"], rel=1e-5)
@@ -203,7 +204,8 @@ def test_nothing_is_measured_twice(made, tmp_path, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(results, "make_evaluators", never)
+    for evaluator in (evaluators.BoundEvaluator, evaluators.QualityEvaluator):
+        monkeypatch.setattr(evaluator, "__call__", never)
     monkeypatch.setattr(generation, "draw", never)
     known = {name: (*least, never) for name, (*least, _) in quality_table.quality.METRICS.items()}
     monkeypatch.setattr(quality_table.quality, "METRICS", known)
@@ -211,6 +213,26 @@ def test_nothing_is_measured_twice(made, tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "compile_extractor", lambda *a: compile_extractor(*a) and never)
     assert make(workdir) == 0
     assert (workdir / "figures" / "sample_quality.csv").read_text() == before
+
+
+def test_other_settings_of_the_evaluation_are_measured_beside(made, tmp_path):
+    """A result of the same name does not stand for what is asked now."""
+    workdir = shutil.copytree(made, tmp_path / "run")
+    assert make(workdir, "--config.evaluation.max_images=12") == 0
+    with (workdir / "figures" / "sample_quality.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["result"] == "bits_per_dim_test"]
+    assert [row["protocol"].split(" of 256")[0] for row in rows] in (["12", "20"], ["20", "12"])
+
+
+def test_a_larger_set_of_samples_is_taken(made, tmp_path, monkeypatch):
+    workdir = shutil.copytree(made, tmp_path / "run")
+
+    def never(*args, **kwargs):
+        raise AssertionError("drawn again")
+
+    monkeypatch.setattr(generation, "draw", never)
+    assert make(workdir, "--config.evaluation.count=100") == 0
+    assert "fd_pixels_300" in table(workdir) and "fd_pixels_100" not in table(workdir)
 
 
 def test_another_sampler_is_measured_beside_the_first(made, tmp_path):
@@ -237,7 +259,7 @@ def test_manifests_by_hand_are_shown_with_the_paper_s_numbers(workdir, capsys, m
     drawn, draw = [], sample_quality.draw
     monkeypatch.setattr(sample_quality, "draw", lambda *a: drawn.append(a) or draw(*a))
     assert make(workdir, "--config.evaluation.metrics=bits_per_dim", "--count=9") == 0
-    rows = table(workdir)
+    rows = table(workdir, "hand") | {"out_of_range": table(workdir)["out_of_range"]}
     assert "left out" in capsys.readouterr().out and "fd_pixels_10" not in rows
     assert rows["bits_per_dim_test"]["paper"] == "≤ 3.75"
     assert rows["fid50k_inception"]["paper"] == "3.17"
@@ -249,8 +271,8 @@ def test_manifests_by_hand_are_shown_with_the_paper_s_numbers(workdir, capsys, m
     assert float(rows["out_of_range"]["standard_error"]) == pytest.approx(error, rel=1e-4)
     text = (workdir / "figures" / "sample_quality.md").read_text()
     assert "| result | value | paper | protocol |" in text
-    assert "| fid50k_inception | 3.200 ± 0.020 | 3.17 | 2 |" in text
-    assert "\n2. 50,000 samples: ancestral, all 1,000 steps, x̂_0 clipped; the parameters'" in text
+    assert "| fid50k_inception | 3.200 ± 0.020 | 3.17 | 3 |" in text
+    assert "\n3. 50,000 samples: ancestral, all 1,000 steps, x̂_0 clipped; the parameters'" in text
     ((samples, real, *_),) = drawn
     np.testing.assert_array_equal(samples, images[:9])
     train_images = open_source(runs.RunDirectory.of(workdir).load_config(), "train").images(
@@ -268,6 +290,7 @@ def read(content, tmp_path):
     "change",
     [
         {"chain": 100},
+        {"dtype": "bfloat16"},
         {"clip": False},
         {"parameters": "raw"},
         {"sampler": "ddim"},
@@ -284,14 +307,18 @@ def test_the_paper_s_number_stands_by_what_was_measured_alike(tmp_path, change):
     assert fid({}) == "3.17" and fid({}, objective="vlb") == "13.51"
     assert fid({}, prediction="mu") == fid({}, objective="hybrid") == ""
     assert fid(change) == ""
+    other = by_hand("fid50k_inception", 3.2, 0.1, QUALITY)
+    other["subject"]["config"]["diffusion"]["schedule"] = "cosine"
+    assert quality_table.paper_s(read(other, tmp_path)) == ""
     learned = by_hand("fid50k_inception", 3.2, 0.1, QUALITY)
     learned["subject"]["config"]["diffusion"]["variance"] = "learned"
     assert quality_table.paper_s(read(learned, tmp_path)) == ""
     bits = by_hand("bits_per_dim_train", 3.7, 0.1, BOUND | {"split": "train"}, objective="vlb")
     assert quality_table.paper_s(read(bits, tmp_path)) == "≤ 3.69"
-    short = copy.deepcopy(bits)
-    short["protocol"]["chain"] = 100
-    assert quality_table.paper_s(read(short, tmp_path)) == ""
+    for change in ({"chain": 100}, {"images": 1000}):
+        other = copy.deepcopy(bits)
+        other["protocol"] |= change
+        assert quality_table.paper_s(read(other, tmp_path)) == ""
 
 
 def test_the_protocol_is_told_in_words(tmp_path):
@@ -302,13 +329,13 @@ def test_the_protocol_is_told_in_words(tmp_path):
     assert words == (
         "5,000 samples: ddim, 50 of 1,000 steps, η = 0.5, x̂_0 not clipped; the parameters "
         "themselves, best by fid50k_inception, bfloat16; against 2,000 of 50,000 images of "
-        "cifar10/train and their mirror images; in inception features"
+        "cifar10/train and their mirror images; in inception features; seed 0"
     )
     some = by_hand("bits_per_dim_test", 3, 1, BOUND | {"images": 100, "chain": 250})
     some["estimator"] |= {"terms": 30, "draws": 2}
     assert quality_table.in_words(read(some, tmp_path)) == (
         "100 of 10,000 images of cifar10/test; chain of 250 steps, 30 stratified terms an image at "
-        "2 draws of the noise; x̂_0 clipped; the parameters' moving average"
+        "2 draws of the noise; x̂_0 clipped; the parameters' moving average; seed 0"
     )
 
 
