@@ -162,16 +162,34 @@ class RunDirectory:
             ) from error
 
     def load_starts(self) -> list[dict[str, Any]]:
-        """What was noted at each start of the training, see `note_start`; [] where nothing was."""
+        """What was noted at each start of the training, see `note_start`; [] where nothing was.
+
+        Raises:
+          RequestError: the file is damaged.
+        """
         try:
             starts = json.loads(self.provenance.read_text())
-        except (OSError, ValueError):
+        except FileNotFoundError:
             return []
-        return [s for s in starts if isinstance(s, dict)] if isinstance(starts, list) else []
+        except ValueError:
+            starts = None
+        if not isinstance(starts, list) or not all(map(_is_start, starts)):
+            raise config_lib.RequestError(
+                f"{self.provenance} is damaged: not a list of starts; move it away"
+            )
+        return starts
 
     def note_start(self, step: int) -> None:
-        """Adds to provenance.json that the training starts here and now, to go on from `step`."""
-        starts = [*self.load_starts(), manifest.start_provenance(step)]
+        """Adds to provenance.json that the training starts here and now, to go on from `step`.
+
+        A damaged file is kept as provenance.json.damaged.
+        """
+        try:
+            starts = self.load_starts()
+        except config_lib.RequestError:
+            starts = []
+            self.provenance.replace(self.path / "provenance.json.damaged")
+        starts.append(manifest.start_provenance(step))
         files.replace(self.provenance, json.dumps(starts, indent=1, ensure_ascii=False) + "\n")
 
     def check_resumable(self, config: ml_collections.ConfigDict) -> None:
@@ -203,6 +221,10 @@ class RunDirectory:
                 f"{self.path} holds a run of another config: {'; '.join(differing)}; "
                 "choose another --workdir, or go back to those values"
             )
+
+
+def _is_start(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("versions", {}), dict)
 
 
 def make_model(config: ml_collections.ConfigDict) -> UNet:

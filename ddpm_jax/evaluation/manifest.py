@@ -18,6 +18,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import types
 from typing import Any
 
 import jax
@@ -25,6 +26,19 @@ from etils import epath
 
 from ddpm_jax import files
 
+# Of a manifest's file, and the types of their values.
+FIELDS = {
+    "name": str,
+    "value": (int, float),
+    "standard_error": (int, float, types.NoneType),
+    "unit": str,
+    "better": str,
+    "protocol": dict,
+    "estimator": dict,
+    "details": dict,
+    "subject": dict,
+    "provenance": dict,
+}
 PACKAGES = ("ddpm_jax", "jax", "jaxlib", "flax", "numpy")
 
 
@@ -114,8 +128,10 @@ def start_provenance(step: int) -> dict[str, Any]:
     }
 
 
-def code_commit(folder: pathlib.Path = pathlib.Path(__file__).parent) -> str | None:
+def code_commit(folder: pathlib.Path = pathlib.Path(__file__).parents[1]) -> str | None:
     """The git commit that a package's code is of, with "-dirty" where its files differ from it.
+
+    New files count, unless git ignores them; files beside the package's folder do not.
 
     None where git does not keep the package: it was installed, or there is no git.
     """
@@ -128,8 +144,7 @@ def code_commit(folder: pathlib.Path = pathlib.Path(__file__).parent) -> str | N
 
     try:
         git("ls-files", "--error-unmatch", "__init__.py")
-        root = git("rev-parse", "--show-toplevel")
-        changed = git("-C", root, "status", "--porcelain", "--untracked-files=no")
+        changed = git("status", "--porcelain", "--untracked-files=all", "--", ".")
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
@@ -162,10 +177,13 @@ def load(path: epath.PathLike) -> Manifest:
     path = epath.Path(path)
     try:
         content = json.loads(path.read_text())
-        fields = ("standard_error", "unit", "better", "protocol", "estimator", "details")
-        measured = Measured(content["value"], *(content[field] for field in fields))
+        for field, kind in FIELDS.items():
+            if not isinstance(content[field], kind):
+                raise TypeError(f"{field} is {content[field]!r}")
+        measured = Measured(*(content[field] for field in list(FIELDS)[1:8]))
         subject, provenance = content["subject"], content["provenance"]
-        subject["checkpoint"], provenance["time"]  # Everything of it is relied upon.
+        if not isinstance(subject["checkpoint"], int) or not isinstance(provenance["time"], str):
+            raise TypeError("no step, or no time")
         return Manifest(content["name"], measured, subject, provenance)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a result's manifest: {error!r}") from error

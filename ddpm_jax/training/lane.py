@@ -107,7 +107,7 @@ class Lane:
 
     def begin(self) -> None:
         """Opens data and files."""
-        if self._first_host:
+        if self._first_host and self.step < self._train.steps:
             self._directory.note_start(self.step)
         self._writer = Writer(
             self._directory.path, self._directory.metrics, self.step, self._keeps, self._first_host
