@@ -91,7 +91,7 @@ def prepare(study: common.Study) -> Setup:
     config, flags = study.run.config, study.flags
     steps, step_by = flags.steps, config.train.steps_per_call
     if steps is None:
-        steps = max(config.train.steps // 4 // step_by, 1) * step_by
+        steps = max(config.train.steps // 6 // step_by, 1) * step_by
     if steps < 1 or steps % step_by:
         raise RequestError(
             f"--steps={steps}: must be a positive multiple of train.steps_per_call={step_by}"
@@ -201,7 +201,7 @@ def draw(
     """
     from matplotlib.figure import Figure
 
-    model, (height, width, channels) = setup.model, setup.model.shape
+    model = setup.model
     figure = Figure(figsize=(15, 9.6), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1))
     strip, drawn, real = top.subplots(1, 3, width_ratios=(2.3, 1, 1))
@@ -216,10 +216,9 @@ def draw(
         axis.imshow(canvas, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axis.set_title(title, fontsize=14)
         axis.set_axis_off()
-    of_coordinate = np.empty(model.masking.num_steps)
-    of_coordinate[model.masking.order] = coordinate_bits
-    bits = of_coordinate.reshape(height, width, channels).sum(axis=-1)
-    shown = heat.imshow(bits, cmap="viridis", vmin=0, interpolation="nearest")
+    shown = heat.imshow(
+        pixel_bits(model, coordinate_bits), cmap="viridis", vmin=0, interpolation="nearest"
+    )
     bottom.colorbar(shown, ax=heat, shrink=0.85).set_label(
         "bits, given those drawn before", fontsize=13
     )
@@ -246,6 +245,13 @@ def draw(
     bars.set_xlim(0, 1.15 * max(values))
     style(bars, "bits/dim, with its standard error", "", "code lengths")
     return common.to_png(figure)
+
+
+def pixel_bits(model: Model, coordinate_bits: np.ndarray) -> np.ndarray:
+    """The bits [h, w] of each pixel, from those [T] of the coordinates in the order of t."""
+    of_coordinate = np.empty(model.masking.num_steps)
+    of_coordinate[model.masking.order] = coordinate_bits
+    return of_coordinate.reshape(model.shape).sum(axis=-1)
 
 
 def show_strip(axis: Any, model: Model, samples: np.ndarray, times: np.ndarray) -> None:
@@ -355,7 +361,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--order", choices=ORDERS, default="raster", help="in which coordinates are drawn"
     )
-    parser.add_argument("--steps", type=int, help="of training; a quarter of the run's own")
+    parser.add_argument("--steps", type=int, help="of training; a sixth of the run's own")
     parser.add_argument(
         "--images", type=int, default=1000, help="of the split, at most, evenly spread; 0: all"
     )

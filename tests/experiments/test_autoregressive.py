@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
-from runs_for_tests import ROOT, train
+from runs_for_tests import ROOT, start, train
 
 from ddpm_jax import keys, runs, schedules
-from ddpm_jax.config import RequestError, default_config, load_file
+from ddpm_jax.config import RequestError, default_config, load_file, override
 from ddpm_jax.data import ArraySource
-from ddpm_jax.diffusion import Process, q_sample
+from ddpm_jax.diffusion import Process
 from ddpm_jax.interruption import Interrupted
 from ddpm_jax.main import reported
 from ddpm_jax.models import UNet
@@ -296,16 +296,21 @@ def test_histograms_of_each_coordinate_alone():
         assert got[n, d] == pytest.approx(-math.log2((same.sum() + 1) / (9 + K)))
 
 
-def test_the_gaussian_decoder_on_the_levels_alone(tmp_path):
+@pytest.mark.parametrize(("steps", "clip"), [(0, True), (4, False)])
+def test_the_gaussian_decoder_on_the_levels_alone(tmp_path, steps, clip):
     """Against SciPy, the mean over the draws of the bound; one program, whose last batch is not
     full; kept for the next time, but not for other draws."""
     process = Process(schedules.linear(10, 0.01, 0.3), "eps", "fixed_small")
     config, shapes = default_config(), []
-    config.evaluation.update(batch_size=4, draws=2)
+    config.evaluation.update(batch_size=4, draws=2, steps=steps, clip=clip)
     config.seed = 4
-    apply = lambda variables, x, t: shapes.append(x.shape) or variables["params"] * x  # noqa: E731
+
+    def apply(variables, x, t):
+        shapes.append(x.shape)
+        return variables["params"] * x * (1 + t[:, None, None, None])
+
     network = types.SimpleNamespace(apply=apply)
-    params = jax.device_put(np.float32(0.3), make_layout("jit").replicated)
+    params = jax.device_put(np.float32(0.6), make_layout("jit").replicated)
     run = runs.Run(config, process, network, params, 1, make_layout("jit"))
     images = LEVELS[RNG.integers(0, K, (6, 2, 2, 1))]
     positions = np.array([3, 5, 6, 10, 11, 20])
@@ -319,18 +324,19 @@ def test_the_gaussian_decoder_on_the_levels_alone(tmp_path):
     np.testing.assert_array_equal(autoregressive.bits_saved(study, setup, images), got)
     assert len(said) == 1 and "computed before" in said[0]
 
-    x0 = jnp.asarray(images / 127.5 - 1, jnp.float32)
-    x_1 = []
-    for draw in (0, 1):
-        example = keys.example_keys(4, "bound", draw, jnp.asarray(positions))
-        noise = keys.normal(example, 1, (2, 2, 1))
-        x_1.append(np.float64(q_sample(process.schedule, x0, jnp.ones(6, int), noise)))
-    x_1 = np.stack(x_1)
-    beta = np.linspace(0.01, 0.3, 10)
-    alpha_bar = np.cumprod(1 - beta)
-    x0_hat = (x_1 - np.sqrt(1 - alpha_bar[0]) * 0.3 * x_1) / np.sqrt(alpha_bar[0])
-    mean = np.clip(x0_hat, -1, 1)  # At t = 1 the posterior's mean is x̂_0.
-    sigma = np.sqrt((1 - alpha_bar[0]) / (1 - alpha_bar[1]) * beta[1])  # β̃_2.
+    times = [1, 4, 7, 10] if steps else range(1, 11)
+    alpha_bar = np.cumprod(1 - np.linspace(0.01, 0.3, 10))[[t - 1 for t in times]]
+    noise = [
+        keys.normal(keys.example_keys(4, "bound", draw, jnp.asarray(positions)), 1, (2, 2, 1))
+        for draw in (0, 1)
+    ]
+    x0 = images / 127.5 - 1
+    x_1 = np.sqrt(alpha_bar[0]) * x0 + np.sqrt(1 - alpha_bar[0]) * np.stack(noise)
+    # The network is told t = 1. At its t the posterior's mean is x̂_0.
+    mean = (x_1 - np.sqrt(1 - alpha_bar[0]) * 1.2 * x_1) / np.sqrt(alpha_bar[0])
+    mean = np.clip(mean, -1, 1) if clip else mean
+    beta_2 = 1 - alpha_bar[1] / alpha_bar[0]
+    sigma = np.sqrt((1 - alpha_bar[0]) / (1 - alpha_bar[1]) * beta_2)  # β̃_2.
     edges = LEVELS / 127.5 - 1
     above = np.where(edges == 1, np.inf, edges + 1 / 255)
     below = np.where(edges == -1, -np.inf, edges - 1 / 255)
@@ -342,6 +348,13 @@ def test_the_gaussian_decoder_on_the_levels_alone(tmp_path):
     one = autoregressive.bits_saved(study, setup, images)
     np.testing.assert_allclose(one, of_draws[0], rtol=1e-3)
     assert np.abs(one - got).max() > 0.01 * got.max()
+
+
+def test_the_map_of_costs_has_each_pixel_in_its_place():
+    model = Model(Masking(np.array([3, 0, 5, 1, 4, 2]), K), LEVELS, None, (1, 3, 2))
+    # Coordinates 0 and 1 are those of the first pixel, blanked at t = 2 and 4.
+    bits = autoregressive.pixel_bits(model, np.array([1.0, 2, 4, 8, 16, 32]))
+    np.testing.assert_array_equal(bits, [[2 + 8, 32 + 1, 16 + 4]])
 
 
 def test_a_level_that_the_training_split_lacks_is_refused():
@@ -362,7 +375,7 @@ def test_a_level_that_the_training_split_lacks_is_refused():
 def run(tmp_path_factory):
     """A tiny trained run, whose figure has been made: its directory, and the lines printed."""
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
-    assert train(workdir) == 0
+    assert train(workdir, seed=3) == 0
     return workdir
 
 
@@ -370,18 +383,30 @@ def figure(run, *flags):
     return autoregressive.main([f"--run={run}", "--images=5", *flags])
 
 
-def prepared(run, *flags):
-    """What `autoregressive.work` starts from."""
+def prepared(run, *flags, **overrides):
+    """What `autoregressive.work` starts from; overrides are spelled train__steps=…."""
     parser = argparse.ArgumentParser()
     autoregressive.add_flags(parser)
     directory = runs.RunDirectory.of(run)
     flags = parser.parse_args(["--images=5", *flags])
     study = Study(autoregressive.NAME, runs.load(run), directory, flags, lambda line: None)
+    for key, value in overrides.items():
+        override(study.run.config, key.replace("__", "."), value)
     return autoregressive.prepare(study)
 
 
+def test_another_training_is_another_model(run):
+    path = prepared(run).trainer.path
+    assert prepared(run, train__checkpoint_every=5).trainer.path == path
+    for key, value in {"train__learning_rate": 1e-4, "seed": 4, "model__dropout": 0.2}.items():
+        assert prepared(run, **{key: value}).trainer.path != path, key
+
+
 @pytest.mark.slow
-def test_the_figure_and_its_numbers_by_hand(run, capsys):
+def test_the_figure_and_its_numbers_by_hand(run, tmp_path, monkeypatch, capsys):
+    other = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("autoregressive"))
+    drawn, draw = [], autoregressive.draw
+    monkeypatch.setattr(autoregressive, "draw", lambda *a: drawn.append(a) or draw(*a))
     assert figure(run, "--steps=5") == 0
     printed = capsys.readouterr().out
     assert "training for 5 steps" in printed and "agree on 5 images of digits/test" in printed
@@ -413,6 +438,25 @@ def test_the_figure_and_its_numbers_by_hand(run, capsys):
         assert float(row["bits"]) == pytest.approx(bits.mean(), rel=1e-4)
         assert float(row["bits_error"]) == pytest.approx(bits.std(ddof=1) / 5**0.5, rel=1e-2)
 
+    # The Gaussian's code lengths, of the same five images.
+    ((setup, _, _, _, _, compared),) = drawn
+    (path,) = (run / "evaluation").glob("step20_bound_test_*.npz")
+    gaussian = np.load(path)["total"][:, 0][np.arange(5) * 256 // 5]
+    assert float(compared["Gaussian diffusion, 256 bins"]) == pytest.approx(gaussian.mean())
+    directory = runs.RunDirectory.of(run)
+    study = Study(autoregressive.NAME, runs.load(run), directory, None, lambda line: None)
+    saved_bits = autoregressive.bits_saved(study, setup, images).mean()
+    on_levels = float(compared["Gaussian diffusion, 17 levels"])
+    assert on_levels == pytest.approx(gaussian.mean() - saved_bits) and saved_bits > 0.1
+
+    # Two devices, in a process of their own: the same to rounding.
+    code = "import sys; from experiments.autoregressive import main; sys.exit(main())"
+    process = start([f"--run={other}", "--images=5", "--steps=5"], devices=2, code=code)
+    assert process.wait() == 0, process.stderr.read()
+    split = list(csv.DictReader((other / "figures" / "autoregressive.csv").open()))
+    for one, two in zip(rows, split, strict=True):
+        assert float(one["bits"]) == pytest.approx(float(two["bits"]), rel=1e-3)
+
     # Again: nothing is trained or measured.
     assert figure(run, "--steps=5") == 0
     printed = capsys.readouterr().out
@@ -422,6 +466,9 @@ def test_the_figure_and_its_numbers_by_hand(run, capsys):
 def test_more_steps_go_on_and_an_interruption_too_to_the_bit(run, tmp_path, monkeypatch):
     for name in ("one", "cut"):
         shutil.copytree(run, tmp_path / name, ignore=shutil.ignore_patterns("autoregressive"))
+    seeds, batches = [], masked_model.Batches
+    spy = lambda source, seed, *rest: seeds.append(seed) or batches(source, seed, *rest)  # noqa: E731
+    monkeypatch.setattr(masked_model, "Batches", spy)
     whole = prepared(tmp_path / "one", "--steps=10").trainer
     cut = prepared(tmp_path / "cut", "--steps=10").trainer
     answers = iter([False, False, True])
@@ -437,13 +484,16 @@ def test_more_steps_go_on_and_an_interruption_too_to_the_bit(run, tmp_path, monk
     assert lines == other_lines and [line["step"] for line in lines] == [5, 10]
     written = [(t.path / "metrics.jsonl").read_text() for t in (whole, cut)]
     assert written[0] == written[1] and len(written[0].splitlines()) == 2
+    assert {*seeds} == {3}  # The run's own: its order of the images.
     states = [saved(t.path) for t in (whole, cut)]  # The optimizer's state as well.
     assert states[0] == states[1] and len(states[0]) > 50
     match = "has been trained for 10 steps; choose --steps=10 or more"
     with pytest.raises(RequestError, match=match):
         prepared(tmp_path / "cut", "--steps=5")
-    # Another order is another model.
+    # Another order is another model, and the parameters themselves are not their average.
     prepared(tmp_path / "cut", "--steps=5", "--order=random")
+    raw, _ = prepared(tmp_path / "cut", "--steps=10", evaluation__ema=False).trainer()
+    assert all((a != b).any() for a, b in zip(*map(jax.tree.leaves, (one, raw)), strict=True))
 
 
 def saved(path):
@@ -483,9 +533,10 @@ def test_bits_and_the_refusal_where_the_two_ways_differ(unet, monkeypatch, capsy
     evaluation = {"batch_size": 81}
     config = {"evaluation": evaluation, "model": {"dtype": "float32"}}
     run = types.SimpleNamespace(config=ml_collections.ConfigDict(config), layout=make_layout("jit"))
-    kept = []
+    kept, protocols = [], []
 
     def arrays(protocol, count, batch, compute):
+        protocols.append(json.dumps(protocol))
         kept.append(compute(0, count))
         return kept[-1]
 
@@ -496,18 +547,27 @@ def test_bits_and_the_refusal_where_the_two_ways_differ(unet, monkeypatch, capsy
     assert p.sum() == pytest.approx(1, rel=1e-6)
     np.testing.assert_allclose(found["scores"], -found["terms"][:, :-1], rtol=1e-4, atol=1e-6)
 
+    # Other images and other parameters have other arrays.
+    masked_model.measure(study, model, params, images[::-1])
+    masked_model.measure(study, model, jax.tree.map(lambda x: 2 * x, params), images)
+    assert len({*protocols}) == len(kept) == 3
+
     # Nothing is kept of what does not agree: the same call could never go on from it.
     wrong = lambda *arguments: chain_rule(*arguments).at[70, 2].multiply(1.001)  # noqa: E731
     monkeypatch.setattr(masking, "chain_rule", wrong)
     with pytest.raises(DisagreementError, match=r"chain rule differ by .*: nothing") as raised:
         masked_model.measure(study, model, params, images)
-    assert len(kept) == 1 and reported(raised_by(raised.value)) == 1
+    assert len(kept) == 3 and reported(raised_by(raised.value)) == 1
     assert capsys.readouterr().err.count("\n") == 1
     for name in ("terms", "scores"):
         bad = {key: values.copy() for key, values in found.items()}
         bad[name][3, 1] = np.nan
         with pytest.raises(NonFiniteError, match="not finite"):
             masked_model.check_equal(bad["terms"], bad["scores"], "float32")
+    bad = found["terms"].copy()
+    bad[2, -1] = 1e-9  # L_T is exactly 0.
+    with pytest.raises(DisagreementError):
+        masked_model.check_equal(bad, found["scores"], "float32")
 
 
 def raised_by(error):
