@@ -28,6 +28,7 @@ from ddpm_jax.main import Parser, reported, use_compilation_cache
 from ddpm_jax.progress import duration
 from ddpm_jax.runs import RunDirectory
 from ddpm_jax.training.job import make_job, template
+from experiments.reporting.page import plotly_js
 
 # In the paper's order.
 FIGURES = (
@@ -86,8 +87,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     """Opens what training and evaluation need, so that what is missing is said before hours pass.
 
     Raises:
-      RequestError: data, weights or devices do not fit.
+      RequestError: data, weights or devices do not fit, or plotly is missing.
     """
+    plotly_js()
     job = make_job(config)
     open_source(config, batch_size=config.train.batch_size)
     make_evaluators(template(job), lambda line: None)
@@ -121,7 +123,8 @@ def _run(argv: Sequence[str]) -> int:
         if code:
             left_out.append(name)
         print(f"   {duration(time.monotonic() - began)}", flush=True)
-    print(f"\n{directory.path / 'report.html'}, after {duration(time.monotonic() - start)}")
+    made = "nothing to look at" if "report" in left_out else directory.path / "report.html"
+    print(f"\n{made}, after {duration(time.monotonic() - start)}")
     if left_out:
         print(f"left out, see above: {', '.join(left_out)}", file=sys.stderr)
     return 1 if left_out else 0

@@ -8,7 +8,8 @@ Writes report.html into the directory, or --out. The file needs no network and n
 Of a run it shows: training curves, samples, x̂_0 with a slider over time, every result with its
 protocol, bits per t, each study of figures/ with its picture and table, the config, and what the
 training ran with. Of a sweep: the table and figure, each result over the cells, all training curves
-and samples beside each other; and links to those runs that have a report of their own.
+and samples beside each other, what the configs have in common, what the trainings ran with, and
+links to those runs that have a report of their own.
 
 Plots are zoomed with the mouse or the buttons above them (arrow keys go from button to button); the
 numbers behind each are in the table below it. What the directory cannot give is named at the end
@@ -28,10 +29,12 @@ import ddpm_jax
 from ddpm_jax import files
 from ddpm_jax.config import RequestError
 from ddpm_jax.main import Parser, reported
+from ddpm_jax.runs import RunDirectory
 from experiments.reporting import page as page_lib
 from experiments.reporting.reading import read_run
 from experiments.reporting.run_page import run_page
-from experiments.reporting.sweep_page import is_sweep, read_sweep, sweep_page
+from experiments.reporting.sweep_page import sweep_page
+from experiments.reporting.sweep_reading import is_sweep, read_sweep
 
 
 def write(shown: str, out: str | None = None, sweep: bool = False) -> epath.Path:
@@ -45,12 +48,14 @@ def write(shown: str, out: str | None = None, sweep: bool = False) -> epath.Path
       RequestError: nothing to report on, a damaged file, or plotly is missing; nothing is written.
     """
     plotly = page_lib.plotly_js()
-    target = epath.Path(out or epath.Path(shown) / "report.html").expanduser()
-    if target.is_dir():
-        raise RequestError(f"--out={out} is a directory; name a file, e.g. {out}/report.html")
-    whole = sweep or (
-        is_sweep(shown) and not (epath.Path(shown).expanduser() / "config.json").exists()
-    )
+    directory = RunDirectory.of(shown).path
+    try:
+        target = epath.Path(out).expanduser() if out else directory / "report.html"
+        if target.is_dir():
+            raise RequestError(f"--out={out} is a directory; name a file, e.g. {out}/report.html")
+    except ImportError:
+        raise RequestError(f"--out={out}: gs:// paths need gcsfs; pip install gcsfs") from None
+    whole = sweep or is_sweep(shown)
     page = sweep_page(read_sweep(shown), target) if whole else run_page(read_run(shown))
     now = datetime.datetime.now(datetime.UTC).isoformat(" ", "minutes").removesuffix("+00:00")
     made = f"Made {now} UTC by ddpm_jax {ddpm_jax.__version__} of {shown}."

@@ -7,6 +7,7 @@ import html
 import io
 import json
 import math
+import re
 import urllib.parse
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from ddpm_jax import figures
 from experiments.reporting.reading import Table, number
 
 ROWS_SHOWN = 60
+WITH_ERROR = re.compile(r"(\S+ ± \S+)(.*)")
 VOID = ("img", "input", "br")
 
 
@@ -174,7 +176,7 @@ def table(
         el(
             "tr",
             el("th", row[0], scope="row"),
-            *(el("td", c, class_="number" if number(c) is not None else None) for c in row[1:]),
+            *map(_data_cell, row[1:]),
         )
         for row in rows
     ]
@@ -186,6 +188,14 @@ def table(
         class_=class_ or None,
     )
     return el("div", whole, class_="scroll", tabindex=0, role="region", aria_label=caption)
+
+
+def _data_cell(content: Any) -> Html:
+    """A cell in which a number and its error stay in a line."""
+    if number(content) is not None:
+        return el("td", content, class_="number")
+    value = WITH_ERROR.fullmatch(content) if type(content) is str else None
+    return el("td", el("span", value[1], class_="number"), value[2]) if value else el("td", content)
 
 
 def data(found: Table, title: str, file: str, summary: str = "Data") -> Html:
@@ -212,6 +222,14 @@ def _csv_uri(text: str) -> str:
 def _cell(text: str) -> str:
     quoted = any(c in text for c in ',"\n\r')
     return '"' + text.replace('"', '""') + '"' if quoted else text
+
+
+def inline(text: str) -> str:
+    """Text with its code between backticks as such."""
+    words = text.split("`")
+    if len(words) % 2 == 0 or len(words) == 1:
+        return text
+    return join(el("code", word) if k % 2 else word for k, word in enumerate(words))
 
 
 def command(text: str) -> Html:

@@ -8,7 +8,7 @@ import string
 
 from ddpm_jax.config import RequestError
 from experiments.reporting.html import Html, command, el, join
-from experiments.reporting.run_page import Page
+from experiments.reporting.sections import Page
 
 HERE = pathlib.Path(__file__).parent
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +28,7 @@ class Series:
     """A curve or points: y of x, which are numbers or names of categories.
 
     Attributes:
-      error: of y, in its unit; drawn as a band or as bars.
+      error: of y, in its unit; drawn as a band or as bars. A point without one is hollow.
       kind: line, points or both.
       color: a place in the page's palette.
       faint: one of many, behind the others.
@@ -64,7 +65,7 @@ class Plot:
       key: unique in the page; the name of its file.
       alt: what is to be seen, in a sentence.
       choices: if there are several, the reader chooses.
-      flipped: x, of categories, runs downwards, and y to the right.
+      flipped: x, of categories, runs downwards, and y to the right. Long names get several lines.
       choose: what is chosen, as the label of the choice.
     """
 
@@ -82,22 +83,24 @@ class Plot:
         return dataclasses.asdict(self)
 
     def table(self, choice: Choice) -> Table:
-        """x and every series beside it."""
-        columns, place = [(choice.x or self.x).title], {}
+        """Every point of every series: a row for each x, and for each time that a series has it."""
+        columns = {"x": (choice.x or self.x).title}
+        rows: dict[tuple[Any, int], dict[str, str]] = {}
         for number, series in enumerate(choice.series):
-            place[number] = len(columns)
-            columns.append(series.name)
-            if series.error is not None:
-                columns.append(f"{series.name}: error")
-        rows: dict[Any, list[str]] = {}
-        for number, series in enumerate(choice.series):
+            parts = {": point": series.hover, "": series.y, ": error": series.error}
+            parts = {name: values for name, values in parts.items() if values is not None}
+            columns |= {f"{number}{part}": series.name + part for part in parts}
+            seen = collections.Counter()
             for k, x in enumerate(series.x):
-                row = rows.setdefault(x, [text(x)] + [""] * (len(columns) - 1))
-                row[place[number]] = text(series.y[k])
-                if series.error is not None:
-                    row[place[number] + 1] = text(series.error[k])
-        ordered = rows if any(isinstance(x, str) for x in rows) else sorted(rows)
-        return Table(columns, [rows[x] for x in ordered])
+                row = rows.setdefault((x, seen[x]), {"x": text(x)})
+                row |= {f"{number}{part}": text(values[k]) for part, values in parts.items()}
+                seen[x] += 1
+        every = list(dict.fromkeys(x for x, _ in rows))
+        if not any(isinstance(x, str) for x in every):
+            every.sort()
+        place = {x: k for k, x in enumerate(every)}
+        ordered = sorted(rows, key=lambda key: (place[key[0]], key[1]))
+        return Table([*columns.values()], [[rows[k].get(c, "") for c in columns] for k in ordered])
 
     def html(self) -> Html:
         """The figure: toolbar, plot, table."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ddpm_jax.evaluation.manifest import Manifest
 from experiments.reporting import tables
+from experiments.reporting.bound_page import bits_per_t, coding
 from experiments.reporting.html import (
     Html,
     data,
@@ -20,8 +19,9 @@ from experiments.reporting.html import (
     picture,
     slider,
 )
-from experiments.reporting.plots import Axis, Choice, Plot, Series, curve
-from experiments.reporting.reading import PATH_STUDY, Frames, RunData, Study
+from experiments.reporting.plots import Axis, Choice, Plot, curve
+from experiments.reporting.reading import PATH_STUDY, Frames, Result, RunData, Study
+from experiments.reporting.sections import Missing, Page, Section
 
 CODING_STUDY = "progressive_coding"
 # The experiments of a run, in the report's order, and what each shows.
@@ -34,36 +34,12 @@ STUDIES = {
     "fixed_variance_cost": "what the fixed choices of Σ cost, for each t",
     "autoregressive": "an autoregressive model as a diffusion that masks coordinates",
 }
+BITS = ("bits_per_dim_test", "bits_per_dim_train", "bits_per_dim_")
+# The nearest to the paper's FID first.
 QUALITY = ("fid50k", "fd_inception", "fd_effnet", "kd_inception", "kd_effnet", "fd_pixels", "kd_")
+FREE = (".batch_size", "_dir", ".resident_bytes", ".metrics", ".split", ".weights", ".statistics")
+LONG_PROTOCOL = 400  # Letters; a longer one is folded.
 FRAME_BYTES = 12 * 2**20  # Of x̂_0 before compression; what is beyond is thinned out.
-
-
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """A section of the page."""
-
-    key: str
-    title: str
-    body: Html
-
-
-@dataclasses.dataclass(frozen=True)
-class Missing:
-    """What the data cannot give, and the command that makes it."""
-
-    what: str
-    command: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Page:
-    """A whole report: title, a line below it, tiles (label, value), sections, what is missing."""
-
-    title: str
-    line: str
-    tiles: Sequence[tuple[str, str]]
-    sections: Sequence[Section]
-    missing: Sequence[Missing]
 
 
 def run_page(run: RunData) -> Page:
@@ -74,7 +50,7 @@ def run_page(run: RunData) -> Page:
         evaluation(run),
         bits_per_t(run),
         *studies(run),
-        Section("config", "Config", tables.config(run)),
+        Section("config", "Config", tables.config(tables.all_values(run.config))),
         Section("provenance", "Provenance", tables.provenance(run)),
     ]
     return Page(
@@ -103,22 +79,38 @@ def tiles(run: RunData) -> list[tuple[str, str]]:
     found = [("step", f"{run.step:,} of {run.config.train.steps:,}")]
     losses = [r["loss"] for r in run.records if "loss" in r]
     found.append(("training loss", f"{losses[-1]:.4g}"))
-    bits = [n for n in ("bits_per_dim_test", "bits_per_dim_train") if n in run.results]
-    bits += sorted(n for n in run.results if n.startswith("bits_per_dim_"))
-    if bits:
-        found.append((bits[0], run.results[bits[0]].measured.text()))
-    if quality := main_quality(run.results):
-        found.append((quality, run.results[quality].measured.text()))
+    for starts in (BITS, QUALITY):
+        if r := main_result(run, starts):
+            unlike = tables.words(_changed(r, run))
+            found.append((", ".join([r.name, *unlike]), r.manifest.measured.text()))
     return found
 
 
-def main_quality(results: dict[str, Manifest]) -> str | None:
-    """The result that stands for the quality of samples; nearest to the paper's FID first."""
-    for start in QUALITY:
-        found = sorted(name for name in results if name.startswith(start))
+def main_result(run: RunData, starts: Sequence[str]) -> Result | None:
+    """The newest result of the first of these names that is there; the config's own before others.
+
+    Args:
+      starts: of the names, those that are wanted most first.
+    """
+    for start in starts:
+        found = [r for r in run.results if r.name.startswith(start)]
         if found:
-            return found[0]
+            return max(
+                found,
+                key=lambda r: (not _changed(r, run), r.step, r.manifest.provenance["time"]),
+            )
     return None
+
+
+def _changed(result: Result, run: RunData) -> dict[str, object]:
+    """{key: value} with which it was measured, of those that its protocol may depend on."""
+    changed = tables.unlike(result.manifest.subject, run.config)
+    groups = ("data", "diffusion", "evaluation", "sample")
+    return {
+        key: value
+        for key, value in changed.items()
+        if key.partition(".")[0] in groups and not key.endswith(FREE)
+    }
 
 
 def training(run: RunData) -> Section:
@@ -176,32 +168,39 @@ def training(run: RunData) -> Section:
 def samples(run: RunData) -> Section | Missing:
     """The grids of samples: those of the training over its steps, and the newest drawn after."""
     found = []
+    ended = run.config.train.steps in run.grids  # A grid is drawn there when all is trained.
     if len(run.grids) > 1:
         frames = [(f"step {step:,}", png) for step, png in run.grids.items()]
         alt = "Grid of samples drawn during training"
-        found.append(
-            join(
-                [
-                    el("h3", "During training"),
-                    slider(frames, "Drawn at", alt, len(frames) - 1, "training-samples"),
-                ]
-            )
+        shown = slider(frames, "Drawn at", alt, len(frames) - 1, "training-samples")
+        some = run.grids_there > len(frames) and el(
+            "p", f"{len(frames)} of {run.grids_there:,} grids.", class_="note"
         )
+        found.append(join([el("h3", "During training"), shown, some]))
     elif run.grids:
         ((step, png),) = run.grids.items()
         alt = f"Grid of samples drawn at step {step:,}"
-        found.append(picture(png, alt, f"Drawn at step {step:,}, at the end of training.", True))
+        end = ", at the end of training" if ended else ""
+        found.append(picture(png, alt, f"Drawn at step {step:,}{end}.", True))
     if run.drawn:
-        name, png = run.drawn
-        shown = picture(png, "Grid of the newest samples", el("code", name), True)
+        drawn = run.drawn
+        caption = join([el("code", drawn.name), ": " * bool(drawn.protocol), _how(drawn.protocol)])
+        shown = picture(drawn.png, "Grid of the newest samples", caption, True)
         found.append(join([el("h3", "Newest"), shown]))
     if PATH_STUDY not in run.studies and run.training:
         alt = "The training loss, and x̂_0 over the reverse process for a few samples"
-        found.append(picture(run.training, alt, "x̂_0 at the end of training"))
+        end = "the end of training" if ended else "an earlier end of training"
+        found.append(picture(run.training, alt, f"x̂_0 at {end}"))
     if not found:
         what = f"python -m ddpm_jax.main --mode=sample --workdir={shlex.quote(run.shown)}"
         return Missing("samples", what)
     return Section("samples", "Samples", el("div", *(el("div", f) for f in found), class_="side"))
+
+
+def _how(protocol: Mapping[str, object]) -> str:
+    """How samples were drawn; the run's config says of what model."""
+    kept = ("checkpoint", "parameters", "sampler", "steps", "eta", "clip", "seed", "count")
+    return "; ".join(tables.words({k: protocol[k] for k in kept if k in protocol}))
 
 
 def path(run: RunData) -> Html | None:
@@ -231,141 +230,53 @@ def within_budget(path: Frames) -> tuple[Frames, str]:
     )
 
 
-def coding(run: RunData) -> Html | None:
-    """Rate and distortion, from the table of the study."""
-    study = run.studies.get(CODING_STUDY)
-    needed = {"steps_done", "rate", "rmse"}
-    if study is None or not study.table.rows or not needed <= {*study.table.columns}:
-        return None
-    column = {name: study.table.column(name) for name in study.table.columns}
-    every = column.get("images")
-    kind = "points" if every and min(map(_or_0, every)) < max(map(_or_0, every)) else "line"
-    rate, rmse = Axis("rate in bits/dim"), Axis("RMSE of x̂_0 on 0–255")
-    steps = Axis("reverse steps done")
-    pairs = [
-        ("distortion against rate", rate, rmse, "rate", "rmse", kind),
-        ("distortion against steps", steps, rmse, "steps_done", "rmse", kind),
-        ("rate against steps", steps, rate, "steps_done", "rate", "line"),
-    ]
-    choices = []
-    for label, x, y, xs, ys, drawn in pairs:
-        error = column.get(f"{ys}_error")
-        rows = [k for k in range(len(column[xs])) if None not in (column[xs][k], column[ys][k])]
-        rows = [rows[k] for k in np.unique(np.linspace(0, len(rows) - 1, 1000).round().astype(int))]
-        pick = lambda values, rows=rows: [values[k] for k in rows]  # noqa: E731
-        series = Series(ys, pick(column[xs]), pick(column[ys]), error and pick(error), drawn, 0)
-        choices.append(Choice(label, y, [series], x))
-    plot = Plot(
-        "rate-distortion",
-        "Rate and distortion",
-        f"From {choices[0].series[0].y[0]:.3g} at rate {choices[0].series[0].x[0]:.2g} to "
-        f"{choices[0].series[0].y[-1]:.3g} at rate {choices[0].series[0].x[-1]:.3g}.",
-        rate,
-        choices,
-        note="Bands are one standard error over images to both sides (§4.3, Fig. 5, Table 4).",
-    )
-    return plot.html()
-
-
-def _or_0(value: float | None) -> float:
-    return value or 0
-
-
-def bits_per_t(run: RunData) -> Section | Missing:
-    """The terms of the bound, and the errors behind them, over t."""
-    if not run.bounds:
-        what = _evaluate(run, "--config.evaluation.metrics=bits_per_dim")
-        return Missing("bits/dim, and its terms for each t", what)
-    quantities = [
-        ("L_{t−1} in bits/dim", "terms", 1, 1.0, True),
-        ("mean squared error of x̂_0 on 0–255", "x0_mse", 0, 127.5**2, True),
-        ("mean squared error of ε", "eps_mse", 0, 1.0, True),
-        ("Σ_{j≥t} L_j, the rate, in bits/dim", "rate", 0, 1.0, False),
-    ]
-    choices = []
-    for label, name, shift, scale, log in quantities:
-        series = [
-            _per_t(split, number, bound, name, shift, scale)
-            for number, (split, bound) in enumerate(run.bounds.items())
-            if name in bound and f"{name}_error" in bound
-        ]
-        if series:
-            choices.append(Choice(label, Axis(label, log), series))
-    totals = ", ".join(
-        f"L_T = {bound['terms'][-1]:.3g} ({split})" for split, bound in run.bounds.items()
-    )
-    plot = Plot(
-        "bits-per-t",
-        "Terms of the bound",
-        f"L_0 is {next(iter(run.bounds.values()))['terms'][0]:.3g} bits/dim.",
-        Axis("t"),
-        choices,
-        note="t = 1 is the decoder's term, L_0; bands are one standard error over images to both "
-        f"sides. Not in the plot of the terms: {totals} bits/dim.",
-    )
-    return Section("bits", "Bits per t", plot.html())
-
-
-def _per_t(
-    split: str, color: int, bound: dict[str, np.ndarray], name: str, shift: int, scale: float
-) -> Series:
-    """A quantity at t = 1..T: column t − shift of its array; times without images are left out."""
-    times = np.arange(1, len(bound[name]))
-    values, errors = (
-        scale * bound[name][times - shift],
-        scale * bound[f"{name}_error"][times - shift],
-    )
-    seen = np.flatnonzero(np.isfinite(values))
-    gaps = len(seen) < len(times)
-    kind = "points" if gaps else "line"
-    return Series(
-        split, times[seen].tolist(), values[seen].tolist(), errors[seen].tolist(), kind, color
-    )
-
-
 def evaluation(run: RunData) -> Section | Missing:
     """Every result with its error and protocol, and the pictures kept beside results."""
     if not run.results:
-        return Missing("bits/dim and the quality of samples", _evaluate(run))
+        what = f"python -m ddpm_jax.main --mode=evaluate --workdir={shlex.quote(run.shown)}"
+        return Missing("bits/dim and the quality of samples", what)
     found = tables.results(run.results)
-    for name, png in run.pictures.items():
-        if name.startswith("nearest"):
+    for r in run.results:
+        title = f"{r.name} at step {r.step:,}"
+        if r.picture and r.name.startswith("nearest"):
             alt = "Samples in the upper row, each above its nearest training image"
-            found.append(picture(png, alt, f"{name}: samples above their nearest images", True))
-        else:
-            found.append(picture(png, name, name))
+            caption = f"{title}: samples above their nearest images"
+            found.append(picture(r.picture, alt, caption, True))
+        elif r.picture:
+            found.append(picture(r.picture, title, title))
     return Section("evaluation", "Evaluation", join(found))
-
-
-def _evaluate(run: RunData, more: str = "") -> str:
-    words = f"python -m ddpm_jax.main --mode=evaluate --workdir={shlex.quote(run.shown)} {more}"
-    return words.strip()
 
 
 def studies(run: RunData) -> list[Section | Missing]:
     """A section a study, in the order of STUDIES, others after them."""
     order = [*STUDIES, *sorted(set(run.studies) - set(STUDIES))]
-    more = {CODING_STUDY: coding(run), PATH_STUDY: path(run)}
+    more = {CODING_STUDY: coding(run.studies.get(CODING_STUDY)), PATH_STUDY: path(run)}
     found: list[Section | Missing] = []
     for name in order:
         if name in run.studies:
-            found.append(_study(run.studies[name], more.get(name)))
+            found.append(_study(run, run.studies[name], more.get(name)))
         else:
             what = f"python -m experiments.{name} --run={shlex.quote(run.shown)}"
             found.append(Missing(STUDIES[name], what))
     return found
 
 
-def _study(study: Study, more: Html | None) -> Section:
+def _study(run: RunData, study: Study, more: Html | None) -> Section:
     alt = f"{study.title}. {' '.join(study.notes)}".strip()
     shown = el("ul", *(el("li", note) for note in study.notes)) if study.notes else None
-    step = study.content.get("subject", {}).get("checkpoint")
-    when = el("p", f"Made at step {step:,}.", class_="note") if isinstance(step, int) else None
+    step, unlike = study.subject.get("checkpoint"), tables.unlike(study.subject, run.config)
+    how = [f"Made at step {step:,}."] if isinstance(step, int) else []
+    if unlike:
+        how.append(f"Other than in the run's config: {'; '.join(tables.words(unlike))}.")
+    protocol = el("p", "Protocol: ", "; ".join(tables.words(study.protocol)), class_="note")
+    if len(protocol) > LONG_PROTOCOL:
+        protocol = el("details", el("summary", "Protocol"), protocol, class_="data")
     body = [
         more,
         picture(study.figure, alt),
         shown,
-        when,
+        el("p", " ".join(how), class_="note") if how else None,
+        protocol if study.protocol else None,
         data(study.table, study.title, f"{study.name}.csv", "Table"),
     ]
     return Section(f"study-{study.name}", study.title, join(body))

@@ -5,9 +5,19 @@
   const COLORS = 8;
   const DASHES = ["solid", "dash", "dot", "dashdot"];
   const FEW = 60; // Points; more have a band instead of bars.
+  const LABEL = 16; // Letters of a category's name in a line.
   const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
   const say = (text) => { document.getElementById("live").textContent = text; };
   const escaped = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/\n/g, "<br>");
+  // A category's name in lines short enough for an axis on a phone.
+  const lined = (name) => {
+    const lines = [""];
+    for (const word of name.match(/[^-,=_]+[-,=_]*|[-,=_]+/g) || []) {
+      if (lines.at(-1) && lines.at(-1).length + word.length > LABEL) lines.push("");
+      lines[lines.length - 1] += word;
+    }
+    return lines.join("\n");
+  };
   const read = (figure, name) => JSON.parse(figure.querySelector(`script.${name}`).textContent);
 
   class Plot {
@@ -27,7 +37,7 @@
       this.number = number;
       this.choice = this.spec.choices[number];
       this.x = this.choice.x || this.spec.x;
-      this.log = { x: this.x.log, y: this.choice.y.log };
+      this.log = { x: this.x.log && !!this.logged("x"), y: this.choice.y.log && !!this.logged("y") };
       this.draw();
       this.full = this.area.layout.xaxis.range.slice();
       this.makeTools();
@@ -40,7 +50,7 @@
       const name = escaped(series.group || series.name);
       const first = !seen.has(name);
       seen.add(name);
-      const names = series.x.map((x) => (typeof x === "string" ? escaped(x) : x));
+      const names = series.x.map((x) => (typeof x === "string" ? escaped(lined(x)) : x));
       const trace = {
         type: "scatter",
         mode: { line: "lines", points: "markers", both: "lines+markers" }[series.kind],
@@ -56,6 +66,7 @@
       };
       if (series.hover) trace.text = series.hover.map(escaped);
       if (!series.error) return [trace];
+      trace.marker.symbol = series.error.map((e) => (e === null ? "circle-open" : "circle"));
       if (series.kind === "line" && series.x.length > FEW) return [this.band(series, color, name), trace];
       trace[flipped ? "error_x" : "error_y"] = {
         type: "data", array: series.error.map((e) => e || 0), color, thickness: 1.2, width: series.x.length > FEW ? 0 : 4,
@@ -92,9 +103,10 @@
       return to - from < 3 ? { dtick: "D2", tickformat: "~g" } : { dtick: Math.ceil((to - from) / 7) };
     }
 
-    // The range of values > 0, as powers of ten, with an edge.
-    logged(values) {
-      const positive = values.filter((value) => value > 0).map(Math.log10);
+    // The range of an axis' values > 0, as powers of ten, with an edge; undefined if there are none.
+    logged(axis) {
+      const positive = this.choice.series.flatMap((s) => s[axis]).filter((value) => value > 0).map(Math.log10);
+      if (!positive.length) return undefined;
       const low = positive.reduce((a, b) => Math.min(a, b));
       const high = positive.reduce((a, b) => Math.max(a, b));
       const edge = 0.04 * (high - low) || 0.1;
@@ -106,8 +118,8 @@
       const flipped = spec.flipped;
       const seen = new Set();
       const traces = choice.series.flatMap((series) => this.traces(series, seen));
-      const categories = new Set(flipped ? choice.series.flatMap((s) => s.x) : []);
-      const whole = (axis) => (this.log[axis] ? this.logged(choice.series.flatMap((s) => s[axis])) : undefined);
+      const categories = new Set(flipped ? choice.series.flatMap((s) => s.x.map(lined)) : []);
+      const whole = (axis) => (this.log[axis] ? this.logged(axis) : undefined);
       const value = this.axis(choice.y.title, this.log.y, (flipped ? ranges.x : ranges.y) || whole("y"));
       const along = this.axis(flipped ? "" : this.x.title, this.log.x, flipped ? undefined : ranges.x || whole("x"));
       if (flipped) Object.assign(along, { type: "category", autorange: "reversed", nticks: undefined, tickmode: "linear", dtick: 1, tickfont: { size: 12 } });
@@ -115,16 +127,31 @@
       const layout = {
         paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
         font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: css("--text") },
-        margin: { l: 48, r: 14, t: 10, b: 40 }, height: flipped ? 110 + 17 * lines : 330,
+        margin: { l: 48, r: 14, t: 10, b: 40 }, height: (flipped ? 110 + 17 * lines : 330) + this.legendHeight([...seen]),
         xaxis: flipped ? value : along, yaxis: flipped ? along : value,
         showlegend: seen.size > 1,
-        legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", uirevision: `${this.number}`, font: { size: 12 } },
+        legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", maxheight: 2000, uirevision: `${this.number}`, font: { size: 12 } },
         hovermode: flipped || seen.size > COLORS ? "closest" : "x unified",
         hoverlabel: { bgcolor: css("--card"), bordercolor: css("--strong-edge"), font: { color: css("--text") } },
         dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
         modebar: { remove: ["all"] },
       };
       Plotly.react(this.area, traces, layout, { displayModeBar: false, responsive: true, displaylogo: false });
+    }
+
+    // What the legend above a plot takes beyond its first line.
+    legendHeight(names) {
+      const context = document.createElement("canvas").getContext("2d");
+      context.font = `12px ${getComputedStyle(document.body).fontFamily}`;
+      const space = this.area.clientWidth - 90;
+      let lines = 1;
+      let used = 0;
+      for (const name of names) {
+        const width = context.measureText(name).width + 45; // With its line and the gap.
+        if (used && used + width > space) [lines, used] = [lines + 1, 0];
+        used += width;
+      }
+      return 29 * (lines - 1);
     }
 
     // The same view in the colours of the theme.
@@ -135,7 +162,6 @@
 
     makeTools() {
       const { spec, choice } = this;
-      const numbers = (values) => values.some((value) => typeof value === "number" && value > 0);
       const wanted = [
         ["+", "Zoom in", () => this.zoom(0.5, 0)],
         ["−", "Zoom out", () => this.zoom(2, 0)],
@@ -143,8 +169,8 @@
         ["→", "Move right", () => this.zoom(1, 0.25)],
         ["Reset", "Reset the view", () => { this.draw(); say("The whole range"); }],
       ];
-      if (!spec.flipped && choice.series.some((s) => numbers(s.x))) wanted.push(["log x", "Logarithmic x", "x"]);
-      if (choice.series.some((s) => numbers(s.y))) wanted.push([spec.flipped ? "log" : "log y", "Logarithmic values", "y"]);
+      if (!spec.flipped && this.logged("x")) wanted.push(["log x", "Logarithmic x", "x"]);
+      if (this.logged("y")) wanted.push([spec.flipped ? "log" : "log y", "Logarithmic values", "y"]);
       const buttons = wanted.map(([text, label, action], k) => {
         const button = document.createElement("button");
         button.type = "button";
@@ -262,7 +288,15 @@
     apply();
   }
 
-  const plots = [...document.querySelectorAll(".plot")].map((figure) => new Plot(figure));
+  const plots = [...document.querySelectorAll(".plot")].flatMap((figure) => {
+    try {
+      return [new Plot(figure)];
+    } catch (error) {
+      console.error(error);
+      figure.querySelector(".area").textContent = `This plot cannot be drawn: ${error.message}`;
+      return [];
+    }
+  });
   document.querySelectorAll(".slider").forEach(makeSlider);
   makeFilter();
 
@@ -278,7 +312,11 @@
     setTheme(theme);
     try { localStorage.setItem("ddpm_jax-theme", theme); } catch { /* Not kept, then. */ }
   });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", (event) => setTheme(event.matches ? "dark" : "light"));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", (event) => {
+    let chosen = null;
+    try { chosen = localStorage.getItem("ddpm_jax-theme"); } catch { /* Not allowed. */ }
+    if (!chosen) setTheme(event.matches ? "dark" : "light");
+  });
   let before = root.dataset.theme;
   addEventListener("beforeprint", () => { before = root.dataset.theme; setTheme("light"); });
   addEventListener("afterprint", () => setTheme(before));

@@ -2,99 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
+import shlex
 import statistics
 import urllib.parse
 
 from etils import epath
 
 from ddpm_jax import config as config_lib
-from ddpm_jax.config import RequestError
-from ddpm_jax.runs import RunDirectory
-from ddpm_jax.training import metrics
-from experiments.reporting.html import Html, data, el, join, picture, table
+from ddpm_jax.evaluation.names import BOUND_RESULTS
+from experiments.reporting import tables
+from experiments.reporting.html import Html, command, data, el, inline, join, picture, table
 from experiments.reporting.plots import MOST_POINTS, Axis, Choice, Plot, Series, curve
-from experiments.reporting.reading import Table, read_csv, read_grids, read_png
-from experiments.reporting.run_page import Missing, Page, Section
+from experiments.reporting.reading import Table
+from experiments.reporting.sections import Missing, Page, Section
+from experiments.reporting.sweep_reading import TABLE, SweepData
 
-TABLE = "results.csv"  # What makes a directory that of a sweep.
 WIDE = 30  # A ratio of values from which on an axis begins logarithmic.
-LABEL = 16  # Letters of a cell's name in a line.
-
-
-@dataclasses.dataclass(frozen=True)
-class SweepRun:
-    """A line of results.csv with its run. grid: PNG of its newest samples."""
-
-    cell: str
-    seed: str
-    status: str
-    directory: RunDirectory
-    records: list[dict]
-    grid: bytes | None
-
-
-@dataclasses.dataclass(frozen=True)
-class SweepData:
-    """What a sweep's directory holds. text: results.md; figure: results.png."""
-
-    path: epath.Path
-    shown: str
-    table: Table
-    text: str
-    figure: bytes | None
-    runs: list[SweepRun]
-
-    @property
-    def cells(self) -> list[str]:
-        """The cells' names, in the table's order."""
-        return list(dict.fromkeys(run.cell for run in self.runs))
-
-
-def is_sweep(shown: str) -> bool:
-    """Whether the directory is a sweep's, and no run's."""
-    directory = RunDirectory.of(shown)
-    return (directory.path / TABLE).exists() and not directory.config.exists()
-
-
-def read_sweep(shown: str) -> SweepData:
-    """Everything of a sweep that the report shows.
-
-    Raises:
-      RequestError: no table of results, or a damaged file, which is named.
-    """
-    path = RunDirectory.of(shown).path
-    again = f"python -m experiments.sweep --sweep=FILE --workdir={shown} --mode=table makes it"
-    if not (path / TABLE).exists():
-        raise RequestError(f"{path}: no results of a sweep there (no {TABLE}); {again}")
-    try:
-        found = read_csv((path / TABLE).read_text())
-    except ValueError:
-        found = Table([], [])
-    if not {"cell", "seed", "status"} <= {*found.columns} or not found.rows:
-        raise RequestError(f"{path / TABLE} has no runs with cell, seed and status; {again}")
-    text, figure = path / "results.md", path / "results.png"
-    place = {name: found.columns.index(name) for name in ("cell", "seed", "status")}
-    return SweepData(
-        path,
-        shown,
-        found,
-        text.read_text() if text.exists() else "",
-        read_png(figure) if figure.exists() else None,
-        [_read_run(path, *(row[place[n]] for n in place)) for row in found.rows],
-    )
-
-
-def _read_run(path: epath.Path, cell: str, seed: str, status: str) -> SweepRun:
-    directory = RunDirectory(path / cell / f"seed{seed}")
-    there = directory.metrics.exists()
-    records = [r for r in metrics.read(directory.metrics) if "step" in r] if there else []
-    grids = read_grids(directory)
-    return SweepRun(
-        cell, seed, status, directory, records, list(grids.values())[-1] if grids else None
-    )
 
 
 def sweep_page(sweep: SweepData, out: epath.Path) -> Page:
@@ -104,6 +29,7 @@ def sweep_page(sweep: SweepData, out: epath.Path) -> Page:
     counts = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
     seeds = len({run.seed for run in sweep.runs})
     parts = [results(sweep), by_cell(sweep), curves(sweep), samples(sweep), runs(sweep, out)]
+    parts += [*config(sweep), provenance(sweep)]
     return Page(
         title[1] if title else sweep.path.name,
         f"{sweep.path.name} · {len(sweep.cells)} cells, {seeds} seeds: {counts}",
@@ -120,8 +46,9 @@ def results(sweep: SweepData) -> Section | Missing:
         alt = "A panel for each result: the cells below each other, a dot a seed, a bar their mean"
         found.append(picture(sweep.figure, alt, "results.png"))
     if not found:
-        what = f"python -m experiments.sweep --sweep=FILE --workdir={sweep.shown} --mode=table"
-        return Missing("the table of means, and its figure", what)
+        return Missing("the table of means, and its figure", sweep.command("--mode=table"))
+    again = command(sweep.command("--mode=table"))
+    found.append(el("p", f"As of {sweep.written}. Anew, of what is there: ", again, class_="note"))
     return Section("results", "Results", join(found))
 
 
@@ -144,16 +71,19 @@ def markdown(text: str) -> Html:
         elif bold := re.fullmatch(r"\*\*(.+)\*\*", line):
             name = bold[1]
         elif line.strip() and not line.startswith("# "):
-            found.append(el("p", line))
+            found.append(el("p", inline(line)))
     return join(found)
 
 
 def _cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+    return [inline(cell.strip()) for cell in line.strip().strip("|").split("|")]
 
 
 def result_names(found: Table) -> list[str]:
-    """The columns that are results: numbers, that neither name a run, override nor err."""
+    """The columns that are results: numbers, that neither name a run, override nor err.
+
+    Those of the bound come first, of the test split before others; the programs' times come last.
+    """
     names = []
     for name in found.columns:
         others = {"cell", "seed", "status", *config_lib.FIELDS}
@@ -161,8 +91,13 @@ def result_names(found: Table) -> list[str]:
             continue
         if any(value is not None for value in found.column(name)):
             names.append(name)
-    times = [n for n in names if n.endswith("_seconds")]
-    return [n for n in names if n not in times] + times
+
+    def order(name: str) -> tuple[bool, int, bool]:
+        bound = [k for k, start in enumerate(BOUND_RESULTS) if name.startswith(f"{start}_")]
+        of_bound = bound[0] if bound else len(BOUND_RESULTS)
+        return name.endswith("_seconds"), of_bound, not name.endswith("_test")
+
+    return sorted(names, key=order)
 
 
 def by_cell(sweep: SweepData) -> Section | Missing:
@@ -180,15 +115,15 @@ def by_cell(sweep: SweepData) -> Section | Missing:
         series = [
             Series(
                 "one seed",
-                [label(run.cell) for run, _ in seen],
+                [run.cell for run, _ in seen],
                 [v for _, v in seen],
                 kind="points",
                 faint=True,
-                hover=[f"{run.cell}, seed {run.seed}" for run, _ in seen],
+                hover=[run.label for run, _ in seen],
             ),
             Series(
                 "mean, ± standard deviation",
-                [label(cell) for cell in means],
+                list(means),
                 [statistics.fmean(own) for own in means.values()],
                 [statistics.stdev(own) if len(own) > 1 else None for own in means.values()],
                 kind="points",
@@ -197,27 +132,18 @@ def by_cell(sweep: SweepData) -> Section | Missing:
         ]
         choices.append(Choice(name, Axis(name, least > 0 and most > WIDE * least), series))
     if not choices:
-        return Missing("results by cell", f"python -m experiments.sweep --workdir={sweep.shown}")
+        return Missing("results by cell", sweep.command())
     plot = Plot(
         "by-cell",
         "Results by cell",
-        "A point a seed, and the mean of each cell's with the standard deviation over its seeds.",
+        "A point a seed, and the mean of each cell's with the standard deviation over its seeds, "
+        "hollow where there is one seed.",
         Axis("cell"),
         choices,
         flipped=True,
         choose="Result",
     )
     return Section("by-cell-section", "Each result", plot.html())
-
-
-def label(cell: str) -> str:
-    """The cell's name in lines short enough for an axis on a phone."""
-    lines = [""]
-    for word in re.findall(r"[^-,=_]+[-,=_]*|[-,=_]+", cell):
-        if lines[-1] and len(lines[-1]) + len(word) > LABEL:
-            lines.append("")
-        lines[-1] += word
-    return "\n".join(lines)
 
 
 def curves(sweep: SweepData) -> Section | Missing:
@@ -230,15 +156,15 @@ def curves(sweep: SweepData) -> Section | Missing:
         series = []
         for run in sweep.runs:
             if any(key in r for r in run.records):
-                name, color = f"{run.cell}, seed {run.seed}", sweep.cells.index(run.cell)
+                color = sweep.cells.index(run.cell)
                 kind = "both" if f"{key}_error" in {k for r in run.records for k in r} else "line"
                 series.append(
-                    curve(run.records, key, name, most, color=color, group=run.cell, kind=kind)
+                    curve(run.records, key, run.label, most, color=color, group=run.cell, kind=kind)
                 )
         log = key.startswith("loss") and all(y > 0 for s in series for y in s.y)
         choices.append(Choice(key, Axis(key, log), series))
     if not choices:
-        return Missing("curves", f"python -m experiments.sweep --workdir={sweep.shown}")
+        return Missing("curves", sweep.command())
     plot = Plot(
         "curves",
         "All cells",
@@ -257,10 +183,10 @@ def samples(sweep: SweepData) -> Section | Missing:
     for cell in sweep.cells:
         run = next((r for r in sweep.runs if r.cell == cell and r.grid), None)
         if run is not None:
-            alt = f"Grid of samples of {cell}, seed {run.seed}"
-            shown.append(picture(run.grid, alt, f"{cell}, seed {run.seed}", True))
+            alt = f"Grid of samples of {run.label}"
+            shown.append(picture(run.grid, alt, run.label, True))
     if not shown:
-        return Missing("samples", f"python -m experiments.sweep --workdir={sweep.shown}")
+        return Missing("samples", sweep.command())
     return Section("samples", "Samples", el("div", *shown, class_="grids"))
 
 
@@ -275,13 +201,44 @@ def runs(sweep: SweepData, out: epath.Path) -> Section:
             link = el("a", "report", href=urllib.parse.quote(where))
         else:
             link, without = "", True
-        rows.append((f"{run.cell}, seed {run.seed}", run.status, link))
+        rows.append((run.label, run.status, link))
     more = without and el(
         "p",
         "A run's own report: ",
-        el("code", f"python -m experiments.report --run={sweep.shown}/CELL/seed0"),
+        command(f"python -m experiments.report --run={shlex.quote(f'{sweep.shown}/CELL/seed0')}"),
         class_="note",
     )
     found = [table(("run", "state", "report"), rows, "Runs"), more]
     found.append(data(sweep.table, "Every run", TABLE, "results.csv"))
     return Section("runs", "Runs", join(found))
+
+
+def config(sweep: SweepData) -> list[Section]:
+    """What the configs of all runs have in common; of what differs, the keys."""
+    values = [tables.all_values(run.config) for run in sweep.runs if run.config]
+    if not values:
+        return []
+    alike = {k: v for k, v in values[0].items() if all(other[k] == v for other in values)}
+    apart = ", ".join(key for key in values[0] if key not in alike)
+    note = f"Alike in all {len(values)} runs that were begun"
+    note += f"; what differs between runs: {apart}." if apart else "."
+    return [Section("config", "Config", join([el("p", note), tables.config(alike)]))]
+
+
+def provenance(sweep: SweepData) -> Section:
+    """What the trainings ran with, and which runs did."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for run in sweep.runs:
+        for ran_with in dict.fromkeys(map(tables.ran_with, run.starts)):
+            found.setdefault(ran_with, []).append(run.label)
+    every = len(sweep.runs)
+    rows = [
+        (*ran_with, f"all {every}" if len(names) == every else "; ".join(names))
+        for ran_with, names in found.items()
+    ]
+    lines = [f"Seeds {', '.join(dict.fromkeys(run.seed for run in sweep.runs))}."]
+    if unknown := [run.label for run in sweep.runs if not run.starts]:
+        lines.append(f"No start was noted of {'; '.join(unknown)}.")
+    columns = ("commit", "devices", "versions", "runs")
+    noted = table(columns, rows, "What the trainings ran with", "starts") if rows else None
+    return Section("provenance", "Provenance", join([el("p", " ".join(lines)), noted]))

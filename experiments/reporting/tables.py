@@ -2,54 +2,76 @@
 
 from __future__ import annotations
 
+import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ml_collections
+
 from ddpm_jax import config as config_lib
-from ddpm_jax.evaluation.manifest import Manifest
+from ddpm_jax.evaluation.manifest import differences
 from ddpm_jax.evaluation.names import BOUND_RESULTS
-from experiments.reporting.html import Html, command, el, join, table
-from experiments.reporting.reading import RunData
+from experiments.reporting.html import Html, command, el, inline, join, table
+from experiments.reporting.reading import Result, RunData
+
+LONG = 8  # Entries of a list that is shown whole.
 
 
-def results(found: Mapping[str, Manifest]) -> list[Html]:
+def results(found: Sequence[Result]) -> list[Html]:
     """A table for each protocol, of the results measured under it."""
-    groups: dict[str, dict[str, Manifest]] = {}
-    bound_first = sorted(found, key=lambda n: not n.startswith(BOUND_RESULTS))
-    for name, m in ((name, found[name]) for name in bound_first):
-        groups.setdefault("; ".join(_words(m.measured.protocol)), {})[name] = m
+    groups: dict[str, list[Result]] = {}
+    for r in sorted(found, key=lambda r: not r.name.startswith(BOUND_RESULTS)):
+        measured = r.manifest.measured
+        how = "; ".join(words(measured.protocol))
+        if measured.estimator:
+            how += f". Estimated with {', '.join(words(measured.estimator))}"
+        groups.setdefault(how, []).append(r)
     arrows = {"lower": " ↓", "higher": " ↑"}
     columns = ("result", "value ± standard error", "step")
-    tables = [el("p", "The newest result of each name. ↓: lower is better; ↑: higher is.")]
-    for protocol, own in groups.items():
+    text = "The newest result of each name and protocol. ↓: lower is better; ↑: higher is."
+    tables = [el("p", text)]
+    for how, own in groups.items():
         rows = []
-        for name, m in own.items():
-            heading = name + arrows.get(m.measured.better, "")
-            rows.append((heading, m.measured.text(), f"{m.subject['checkpoint']:,}"))
-        tables.append(table(columns, rows, protocol, "results"))
+        for r in own:
+            measured = r.manifest.measured
+            heading = r.name + arrows.get(measured.better, "")
+            rows.append((heading, measured.text(), f"{r.step:,}"))
+        tables.append(table(columns, rows, how, "results"))
     return tables
 
 
-def _words(protocol: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """A protocol as "key: value"."""
+def words(protocol: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """A protocol as "key value"; of long lists the ends."""
     found = []
     for key, value in protocol.items():
         if isinstance(value, dict):
-            found += _words(value, f"{prefix}{key}.")
+            found += words(value, f"{prefix}{key}.")
         else:
-            shown = "×".join(map(str, value)) if isinstance(value, list) else value
-            found.append(f"{prefix}{key} {shown}")
+            shown = list(map(str, value)) if isinstance(value, list) else [str(value)]
+            if len(shown) > LONG:
+                shown = [*shown[:2], "…", f"{shown[-1]} ({len(shown)} in all)"]
+            found.append(f"{prefix}{key} {('×' if key == 'shape' else ', ').join(shown)}")
     return found
 
 
-def config(run: RunData) -> Html:
-    """Every key of the config; the page's program filters them."""
+def unlike(subject: Mapping[str, Any], own: ml_collections.ConfigDict) -> dict[str, Any]:
+    """{key: value} of a subject's config where it is not the run's own."""
+    theirs = subject.get("config")
+    if not isinstance(theirs, dict):
+        return {}
+    found = differences(json.loads(config_lib.to_json(own)), theirs)
+    known = config_lib.FIELDS
+    return {key: new for key, (_, new) in found.items() if key in known and new is not None}
+
+
+def config(values: Mapping[str, Any]) -> Html:
+    """Keys of the config with their values; the page's program filters them."""
     default, rows = config_lib.default_config(), []
-    for key, field in config_lib.FIELDS.items():
-        value, usual = config_lib.get(run.config, key), config_lib.get(default, key)
+    for key, value in values.items():
+        field, usual = config_lib.FIELDS[key], config_lib.get(default, key)
         mark = el("strong", _value(value)) if value != usual else _value(value)
-        cells = (el("td", mark), el("td", _value(usual)), el("td", field.meaning))
+        cells = (el("td", mark), el("td", _value(usual)), el("td", inline(field.meaning)))
         row = (el("th", el("code", key), scope="row"), *cells)
         rows.append(el("tr", *row, class_="differs" if value != usual else None))
     heads = (el("th", name, scope="col") for name in ("key", "value", "default", "meaning"))
@@ -80,18 +102,20 @@ def _value(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
+def all_values(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """{dotted key: value} of a config."""
+    return {key: config_lib.get(config, key) for key in config_lib.FIELDS}
+
+
 def provenance(run: RunData) -> Html:
     """What the training ran with, at each of its starts."""
     rows = []
     for start in run.starts:
-        versions = start.get("versions") or {}
         rows.append(
             (
                 start.get("time", ""),
                 f"from step {start.get('from_step', 'unknown')}",
-                _short(start.get("commit")),
-                f"{start.get('devices', '')}, {start.get('hosts', '')} host(s)",
-                ", ".join(f"{name} {version}" for name, version in versions.items()),
+                *ran_with(start),
                 el("code", start.get("command", "")),
             )
         )
@@ -108,6 +132,16 @@ def provenance(run: RunData) -> Html:
     )
     seed = el("p", f"Seed {run.config.seed}. Files: ", el("code", str(run.directory.path)))
     return join([seed, noted])
+
+
+def ran_with(start: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Commit, devices and versions of a start of the training."""
+    versions = start.get("versions", {}).items()
+    return (
+        _short(start.get("commit")),
+        f"{start.get('devices', '')}, {start.get('hosts', '')} host(s)",
+        ", ".join(f"{name} {version}" for name, version in versions),
+    )
 
 
 def _short(commit: Any) -> str:

@@ -2,6 +2,7 @@
 
 import importlib
 import pathlib
+import sys
 
 import pytest
 from runs_for_tests import ROOT
@@ -36,6 +37,21 @@ def test_everything_in_the_papers_order(tmp_path, steps, capsys):
     assert run(tmp_path) == 0
     assert steps[0] == ["train", "evaluate", *paper.FIGURES, "report"]
     assert f"{tmp_path}/run/report.html" in capsys.readouterr().out
+
+
+def test_a_report_that_fails_is_not_named(tmp_path, steps, capsys):
+    steps[1]["report"] = 2
+    assert run(tmp_path) == 1
+    out, error = capsys.readouterr()
+    assert "report.html" not in out
+    assert "left out, see above: report" in error
+
+
+def test_without_plotly_nothing_is_begun(tmp_path, steps, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    assert run(tmp_path) == 2
+    assert "pip install -e '.[report]'" in capsys.readouterr().err
+    assert steps[0] == []
 
 
 def test_some_of_the_figures(tmp_path, steps):

@@ -1,16 +1,14 @@
-"""The report: what it says is what the files say; what is wrong is said in a line."""
+"""The report of a run: what it says is what the files say."""
 
 import base64
 import csv
 import html
-import html.parser
 import importlib.util
 import io
 import itertools
 import json
+import os
 import re
-import statistics
-import sys
 import urllib.parse
 
 import numpy as np
@@ -24,52 +22,18 @@ from experiments.reporting.html import data, el, plain, reduced
 from experiments.reporting.plots import thinned
 from experiments.reporting.reading import Table
 from experiments.reporting.run_page import STUDIES
-from experiments.reporting.sweep_page import label
-
-
-class Page(html.parser.HTMLParser):
-    """A parsed page: its elements as (tag, attributes), texts of scripts, headings; balanced."""
-
-    def __init__(self, path):
-        super().__init__(convert_charrefs=True)
-        self.elements, self.open, self.scripts, self.text = [], [], [], ""
-        self.feed(path.read_text())
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        names = [name for name, _ in attrs]
-        assert len(names) == len(set(names)), (tag, names)
-        self.elements.append((tag, dict(attrs)))
-        if tag not in ("meta", "link", "img", "input", "br"):
-            self.open.append(tag)
-        if tag == "script":
-            self.scripts.append([dict(attrs).get("class"), ""])
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] == "script":
-            self.scripts[-1][1] += data
-        elif "style" not in self.open:
-            self.text += f"{data}\n" if self.open and self.open[-1] in ("td", "th") else data
-
-    def all(self, tag):
-        return [attributes for name, attributes in self.elements if name == tag]
-
-    def json(self, kind):
-        return [json.loads(text) for name, text in self.scripts if name == kind]
-
-    def plot(self, key):
-        return next(spec for spec in self.json("spec") if spec["key"] == key)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     directory = made.full_run(tmp_path_factory.mktemp("runs") / "a <b>run</b> & more")
     assert report.main([f"--run={directory.path}"]) == 0
-    return directory, Page(directory.path / "report.html")
+    return directory, made.Page(directory.path / "report.html")
+
+
+def shown(run):
+    assert report.main([f"--run={run.path}"]) == 0
+    return made.Page(run.path / "report.html")
 
 
 def pixels(uri):
@@ -88,12 +52,56 @@ def test_curves_are_those_of_the_metrics(whole):
 
 
 def test_bits_per_t_skip_times_without_images_and_name_the_decoder_t_1(whole):
-    choice = whole[1].plot("bits-per-t")["choices"][0]
-    (series,) = choice["series"]
+    plot = whole[1].plot("bits-per-t")
+    (series,) = plot["choices"][0]["series"]
     assert series["x"] == [1, 2, 3, 4, 6, 7, 8, 9, 10]  # L_4, of t = 5, was not measured.
     assert series["y"][0] == 2.0
     assert series["y"][-1] == pytest.approx(2.0 - 9 * 0.19, rel=1e-5)  # L_9; L_T is in the note.
-    assert "L_T = 0.1 (test)" in whole[1].text
+    assert series["error"][0] == 0.2
+    assert series["error"][4] is None  # L_5 is of one image.
+    assert series["name"] == "test, step 30, chain all"
+    assert "L_T in bits/dim, 0.1 (test, step 30, chain all)" in whole[1].text
+    assert plot["x"]["title"] == "t, index of the chain"
+
+
+def test_the_errors_and_the_rate_over_t_belong_to_x_t(whole):
+    _, x0, eps, rate = whole[1].plot("bits-per-t")["choices"]
+    for choice, at_1, at_10, error in (
+        (x0, 127.5**2 * 0.001, 127.5**2 * 0.01, 127.5**2 * 0.0001),
+        (eps, 0.85, 0.4, 0.085),
+        (rate, 4.7, 2.0, 0.47),
+    ):
+        (series,) = choice["series"]
+        assert series["x"] == list(range(1, 11))
+        assert (series["y"][0], series["y"][-1]) == pytest.approx((at_1, at_10), rel=1e-5)
+        assert series["error"][0] == pytest.approx(error, rel=1e-5)
+
+
+def test_results_of_other_protocols_stand_beside_each_other(tmp_path):
+    run = made.make_run(tmp_path / "run")
+    split = {"split": "test"}
+    arrays = made.bound_arrays()
+    made.add_result(run, "bits_per_dim_test", 3.0, arrays=arrays, chain="all", clip=True, **split)
+    short = {"diffusion": {"num_steps": 1000}, "evaluation": {"steps": 100, "metrics": ["fid"]}}
+    path = made.add_result(
+        run, "bits_per_dim_test", 5.0, "2027", 31, arrays, short, chain=100, clip=True, **split
+    )
+    made.add_result(run, "bits_per_dim_test", 4.0, step=20, arrays=arrays, chain=100, clip=False)
+    page = shown(run)
+    assert {"3.000 ± 0.020 bits/dim", "5.000 ± 0.020 bits/dim"} <= {*page.cells}
+    assert "chain 100; clip True; split test. Estimated with terms 30, draws 2" in page.text
+    assert dict(page.tiles)["bits_per_dim_test"] == "3.000 ± 0.020 bits/dim"  # The config's own.
+    names = [s["name"] for s in page.plot("bits-per-t")["choices"][0]["series"]]
+    assert [name[:27].rstrip(",") for name in names if "step 30" in name] == [
+        "test, step 30, chain all, c"
+    ]
+    assert sorted(name.partition(", ")[2].partition(", clip")[0] for name in names) == [
+        *("step 20, chain 100", "step 30, chain all", "step 31, chain 100")
+    ]
+    for other in run.evaluation.glob("*.json"):
+        if other.name != path.name:
+            other.unlink()
+    assert dict(shown(run).tiles)["bits_per_dim_test, evaluation.steps 100"].startswith("5.000")
 
 
 def test_the_newest_result_of_a_name_counts_and_has_its_error(whole):
@@ -107,6 +115,56 @@ def test_rate_and_distortion_leave_out_what_was_not_measured(whole):
     assert (series["x"], series["y"]) == ([0.1, 0.5], [60, 20])
     assert series["error"] == [1, None]
     assert rate["series"][0]["y"] == [0.1, 0.5, 1.5]
+
+
+def test_points_of_single_times_say_so_and_may_all_be_missing(whole, tmp_path):
+    assert "averages neighbouring times" in whole[1].text
+    run = made.make_run(tmp_path / "run")
+    header = "steps_done,rate,rate_error,rmse,rmse_error,images\n"
+    made.add_study(run, "progressive_coding", "Compression", f"{header}1,,,,,0\n2,,,,,1\n")
+    page = shown(run)
+    assert "Compression" in page.text
+    assert "rate-distortion" not in {a.get("id") for _, a in page.elements}
+
+
+def test_a_study_says_by_which_protocol_and_what_the_config_has_otherwise(whole):
+    text = whole[1].text
+    assert "Protocol: chain 100; shape 8×8×1; times 0, 1, …, 49 (50 in all); of.split test" in text
+    assert (
+        "Made at step 30. Other than in the run's config: evaluation.metrics fid; "
+        "evaluation.steps 100." in text
+    )
+
+
+def test_the_newest_samples_are_those_drawn_as_the_config_says(tmp_path):
+    run = made.make_run(tmp_path / "run")
+    made.add_samples(run, "step30_ancestral1000_seed0_4", 1)
+    made.add_samples(run, "step30_ancestral1000_unclipped_seed0_4", 2, clip=False)
+    made.add_samples(run, "step9_ancestral1000_seed0_4", 3)
+    for age, path in enumerate(sorted(run.samples.glob("*_grid_*"))):
+        os.utime(path, (age, age))  # The one of step 9 is youngest, then the unclipped one.
+    page = shown(run)
+    (image,) = [a for a in page.all("img") if a["alt"] == "Grid of the newest samples"]
+    np.testing.assert_array_equal(pixels(image["src"]), figures.grid(made.images(4, 1))[..., 0])
+    assert "step30_ancestral1000_seed0_4: sampler ancestral; steps 1000; eta 0.0; clip" in page.text
+
+
+def test_of_many_grids_some_are_shown_and_the_last_is(tmp_path):
+    run = made.make_run(tmp_path / "run", steps=range(1, 101))
+    page = shown(run)
+    (frames,) = page.json("frames")
+    assert len(frames["texts"]) == 40
+    assert (frames["texts"][0], frames["texts"][-1]) == ("step 1", "step 100")
+    assert "40 of 100 grids" in page.text
+
+
+@pytest.mark.parametrize(("steps", "end"), [(30, ", at the end of training."), (60, ".")])
+def test_the_end_of_training_is_named_only_where_it_is(tmp_path, steps, end):
+    run = made.make_run(tmp_path / "run", steps=(30,), **{"train.steps": steps})
+    figures.save_png(run.figures / "training.png", figures.grid(made.images(2)))
+    text = shown(run).text
+    assert f"Drawn at step 30{end}" in text
+    assert ("x̂_0 at the end of training" in text) == (steps == 30)
 
 
 def test_the_slider_goes_from_noise_to_samples(whole):
@@ -142,7 +200,7 @@ def test_the_page_can_be_read_by_everybody(whole, tmp_path, kind):
     if kind == "sweep":
         made.make_sweep(tmp_path / "sweep")
         assert report.main([f"--sweep={tmp_path}/sweep"]) == 0
-        page = Page(tmp_path / "sweep/report.html")
+        page = made.Page(tmp_path / "sweep/report.html")
     ids = [a["id"] for _, a in page.elements if "id" in a]
     assert len(ids) == len(set(ids))
     assert all(a.get("scope") in ("row", "col") for a in page.all("th"))
@@ -171,8 +229,7 @@ def test_a_table_can_be_downloaded_whole():
 
 def test_what_is_missing_is_named_with_its_command(tmp_path):
     run = made.make_run(tmp_path / "a run")
-    assert report.main([f"--run={run.path}"]) == 0
-    page = Page(run.path / "report.html")
+    page = shown(run)
     for name in STUDIES:
         assert f"python -m experiments.{name} --run='{run.path}'" in page.text
     assert f"ddpm_jax.main --mode=evaluate --workdir='{run.path}'" in page.text
@@ -181,116 +238,6 @@ def test_what_is_missing_is_named_with_its_command(tmp_path):
 
 def test_the_commands_named_exist():
     assert all(importlib.util.find_spec(f"experiments.{name}") for name in STUDIES)
-
-
-def damage(directory, what):
-    """Spoils a run in a way; returns what the error must name."""
-    if what == "no config":
-        directory.config.unlink()
-        return "no run there (no config.json)"
-    if what == "no metrics":
-        directory.metrics.unlink()
-        return "no metrics yet"
-    if what == "metrics of nothing":
-        directory.metrics.write_text('{"step": 3, "lo')
-        return "no metrics yet"
-    if what == "cut grid":
-        path = directory.samples / "step_00000010.png"
-    elif what == "cut figure":
-        path = directory.figures / "other.png"
-    elif what == "cut study":
-        path = directory.figures / "other.json"
-    elif what == "cut result":
-        path = directory.evaluation / "step30_bits_per_dim_test_2025.json"
-    elif what == "cut path":
-        path = directory.evaluation / "path.npz"
-    elif what == "cut bound":
-        path = directory.evaluation / "step30_bound_test_x.npz"
-    else:
-        path = directory.figures / "other.csv"
-        path.unlink()
-        return "other.csv, which is gone; make it again with python -m experiments.other"
-    path.write_bytes(path.read_bytes()[:-20])
-    return path.name
-
-
-@pytest.mark.parametrize(
-    "what",
-    [
-        *("no config", "no metrics", "metrics of nothing", "cut grid", "cut figure", "cut study"),
-        *("cut result", "cut path", "cut bound", "no table"),
-    ],
-)
-def test_a_damaged_run_is_said_in_a_line_and_nothing_is_written(tmp_path, capsys, what):
-    directory = made.full_run(tmp_path / "run")
-    named = damage(directory, what)
-    assert report.main([f"--run={directory.path}", f"--out={tmp_path}/out.html"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
-    assert named in error
-    assert {path.name for path in tmp_path.iterdir()} == {"run"}
-
-
-@pytest.mark.parametrize(
-    ("content", "named"),
-    [
-        (None, "no results of a sweep there"),
-        ("a,b\n1,2\n", "no runs"),
-        ("cell,seed,status\n", "no"),
-    ],
-)
-def test_a_directory_that_is_no_sweep(tmp_path, capsys, content, named):
-    if content:
-        (tmp_path / "results.csv").write_text(content)
-    assert report.main([f"--sweep={tmp_path}"]) == 2
-    assert named in capsys.readouterr().err
-    assert not (tmp_path / "report.html").exists()
-
-
-def test_flags_that_make_no_sense(tmp_path, capsys):
-    run = made.make_run(tmp_path / "run")
-    for flags in (
-        [],
-        [f"--run={run.path}", "--sweep=x"],
-        [f"--run={run.path}", f"--out={tmp_path}"],
-    ):
-        assert report.main(flags) == 2
-        assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_without_plotly_one_line_says_how_to_get_it(tmp_path, capsys, monkeypatch):
-    run = made.make_run(tmp_path / "run")
-    monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    assert report.main([f"--run={run.path}"]) == 2
-    assert "pip install -e '.[report]'" in capsys.readouterr().err
-    assert not (run.path / "report.html").exists()
-
-
-def test_a_sweep_shows_seeds_and_their_means_and_links_to_reports(tmp_path):
-    path = made.make_sweep(tmp_path / "sweep")
-    assert report.main([f"--run={path}/mu-vlb-learned/seed0"]) == 0
-    assert report.main([f"--run={path}", f"--out={tmp_path}/elsewhere/page.html"]) == 0
-    page = Page(tmp_path / "elsewhere/page.html")
-    assert "A <sweep>" in page.text
-    assert "3 done" not in page.text and "2 done, 1 diverged, 1 missing" in page.text
-    (choice,) = [c for c in page.plot("by-cell")["choices"] if c["label"] == "fd_pixels_500"]
-    seeds, means = choice["series"]
-    assert seeds["y"] == [1.0, 2.0]
-    assert means["x"] == [label("eps-simple"), label("mu-vlb-learned")]
-    assert (means["y"], means["error"]) == ([1.0, 2.0], [None, None])
-    assert [c["label"] for c in page.plot("by-cell")["choices"]] == [
-        "fd_pixels_500",
-        "outside",
-        "train_seconds",
-    ]
-    seconds = page.plot("by-cell")["choices"][-1]["series"][1]
-    assert seconds["y"] == [7, statistics.fmean([7, 7])]
-    assert seconds["error"] == [0, 0]
-    losses = page.plot("curves")["choices"][0]
-    assert [s["group"] for s in losses["series"]] == ["eps-simple", "eps-simple", "mu-vlb-learned"]
-    links = [a["href"] for a in page.all("a") if a["href"].endswith("report.html")]
-    assert links == ["../sweep/mu-vlb-learned/seed0/report.html"]
-    assert sum("Grid of samples of" in a["alt"] for a in page.all("img")) == 2
 
 
 def test_enlarged_pictures_are_reduced_without_a_change():
@@ -320,10 +267,3 @@ def test_a_long_curve_keeps_its_ends_and_its_spikes():
     assert {0, 54_321, 12_345, 99_999} <= {*kept}
     assert kept == sorted(set(kept))
     assert thinned([1.0, 2.0], most=500) == [0, 1]
-
-
-def test_labels_are_short_lines_of_the_whole_name():
-    for cell in ("eps", "mu-vlb-learned_range", "channels=128-learning_rate=0.0002", "--=="):
-        lines = label(cell).split("\n")
-        assert "".join(lines) == cell
-        assert all(len(line) <= 16 for line in lines)

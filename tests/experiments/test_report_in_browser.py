@@ -11,6 +11,7 @@ from experiments import report
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # Plots are there when their data have become curves.
 DRAWN = "[...document.querySelectorAll('.area')].every(a => a.querySelector('.scatterlayer path'))"
+MANY = {(f"rather_long-name_of-cell_{k}", 0): ("done", k + 1, 0.5) for k in range(9)}
 DARK, LIGHT = "rgb(18, 21, 27)", "rgb(246, 247, 249)"
 
 
@@ -30,9 +31,13 @@ def browser():
 def pages(tmp_path_factory):
     root = tmp_path_factory.mktemp("reports")
     run = made.full_run(root / "a run").path
-    sweep = made.make_sweep(root / "sweep")
+    sweep = made.make_sweep(root / "sweep", made.SWEEP_RUNS | MANY)
     assert report.main([f"--run={run}"]) == report.main([f"--sweep={sweep}"]) == 0
-    return {"run": run / "report.html", "sweep": sweep / "report.html"}
+    below = made.make_run(root / "below")  # A bound with nothing above 0, on a logarithmic axis.
+    made.add_bound(below, sign=-1)
+    assert report.main([f"--run={below.path}"]) == 0
+    paths = {"run": run, "sweep": sweep, "below": below.path}
+    return {name: path / "report.html" for name, path in paths.items()}
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +93,12 @@ def background(page):
     return page.evaluate("getComputedStyle(document.body).backgroundColor")
 
 
+def system(page, scheme):
+    """Changes the system's theme; the page hears of it with the next frame."""
+    page.emulate_media(color_scheme=scheme)
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
 @pytest.mark.parametrize("name", ["run", "sweep"])
 def test_every_picture_loads_and_no_name_becomes_markup(visit, name):
     page = visit(name)
@@ -106,6 +117,9 @@ def test_a_phone_shows_it_without_scrolling_sideways(visit, name):
     plot = page.locator(".area").first.bounding_box()
     assert plot["width"] > 280
     assert plot["height"] > 250
+    heights = "all => all.map(e => e.getBoundingClientRect().height)"  # Without legend and axes.
+    assert min(page.eval_on_selector_all(".area .nsewdrag", heights)) > 180
+    assert max(page.eval_on_selector_all(".legend .scrollbar", heights), default=0) == 0
 
 
 def test_the_slider_changes_the_picture_by_mouse_and_by_keys(visit):
@@ -146,6 +160,39 @@ def test_tab_alone_reaches_everything_that_can_be_set(visit):
     raise AssertionError(f"never reached: {wanted}")
 
 
+def test_names_of_cells_stand_in_short_lines(visit):
+    page = visit("sweep")
+    ticks = page.locator("#by-cell .ytick text").all()[::-1]  # From below.
+    assert [tick.text_content() for tick in ticks] == [*made.CELLS, *(cell for cell, _ in MANY)]
+    lines = [tick.locator("tspan").all_text_contents() for tick in ticks]
+    assert lines[1] == ["mu-vlb-learned_", "range"]
+    assert max(len(line) for name in lines for line in name) <= 16
+
+
+def test_a_point_without_an_error_is_hollow(visit):
+    page = visit("run")
+    marker = "document.querySelector('#bits-per-t .area').data[0].marker.symbol"
+    assert page.evaluate(marker) == ["circle"] * 4 + ["circle-open"] + ["circle"] * 4
+
+
+def test_nothing_above_0_on_a_logarithmic_axis_stops_nothing(visit):
+    page = visit("below")
+    assert page.evaluate("document.querySelector('#bits-per-t .area').layout.yaxis.type") != "log"
+    assert page.locator("#config-count").text_content().startswith("3 of")
+
+
+def test_a_plot_that_cannot_be_drawn_says_so_and_stops_nothing(browser, pages, tmp_path):
+    text = pages["run"].read_text()
+    broken = tmp_path / "broken.html"
+    broken.write_text(text.replace('"choices":[{', '"choices":[3,{', 1))
+    page = browser.new_page()
+    page.goto(broken.as_uri())
+    page.wait_for_selector("#bits-per-t .scatterlayer path")
+    assert page.locator("#loss .area").text_content().startswith("This plot cannot be drawn")
+    assert page.locator("#config-count").text_content().startswith("3 of")
+    page.close()
+
+
 def test_plots_zoom_and_change_axes_by_keys(visit):
     page = visit("run")
     area = "document.querySelector('#loss .area').layout"
@@ -175,14 +222,21 @@ def test_the_theme_is_the_systems_until_chosen_and_plots_follow(visit):
     assert page.evaluate(color) != dark
     page.reload()
     assert background(page) == LIGHT
+    for scheme in ("light", "dark"):
+        system(page, scheme)
+        assert background(page) == LIGHT  # The reader has chosen.
     page.locator("#theme").click()
     assert (background(page), page.evaluate(color)) == (DARK, dark)
+    page.evaluate("localStorage.clear()")
+    for scheme, expected in (("light", LIGHT), ("dark", DARK)):
+        system(page, scheme)
+        assert background(page) == expected
 
 
 def test_another_result_is_chosen_and_the_config_filtered(visit):
     sweep = visit("sweep")
     title = "document.querySelector('#by-cell .area').layout.xaxis.title.text"
-    assert sweep.evaluate(title) == "fd_pixels_500"
+    assert sweep.evaluate(title) == "rate_test"
     sweep.locator("#by-cell-choice").select_option("outside")
     assert sweep.evaluate(title) == "outside"
     run = visit("run")
