@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from untrained_run import untrained
+from untrained_runs import untrained
 
 from ddpm_jax import files, keys, oracles, runs, sampling, schedules
 from ddpm_jax.config import RequestError, default_config, override

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.neighbors import NearestNeighbors
-from untrained_run import untrained
+from untrained_runs import untrained
 
 from ddpm_jax import generation, runs
 from ddpm_jax.config import RequestError

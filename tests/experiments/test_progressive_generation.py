@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs_for_tests import start
-from untrained_run import untrained
+from untrained_runs import untrained
 
 from ddpm_jax import files, generation, keys, oracles, parts, runs, sampling, schedules
 from ddpm_jax.config import default_config, override

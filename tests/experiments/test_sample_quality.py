@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from scipy import linalg
-from untrained_run import untrained
+from untrained_runs import untrained
 
 from ddpm_jax import generation, runs
 from ddpm_jax.data import open_source
