@@ -110,6 +110,8 @@ def _run(argv: Sequence[str]) -> int:
     else:  # The programs take the accelerators; this process only looks after them.
         jax.config.update("jax_platforms", "cpu")
     plan = make_plan(sweep, directory, seeds_of(flags.seeds), overrides)
+    if flags.together:
+        _check_together(plan)
     if flags.mode == "check":
         check.report(plan, flags.jobs, flags.together, _say)
         return 0
@@ -127,6 +129,21 @@ def _run(argv: Sequence[str]) -> int:
     with (directory / "sweep.lock").open("w") as lock:
         _take(lock, directory)
         return _carry_out(plan, jobs, flags, options, command)
+
+
+def _check_together(plan: Plan) -> None:
+    """Refuses seeds to be trained together in another mode than jit.
+
+    Raises:
+      RequestError: names the cell.
+    """
+    for run in plan.runs:
+        mode = run.config(run.stages[0]).parallel.mode
+        if mode != "jit":
+            raise RequestError(
+                f"cell {run.cell.name}: config.parallel.mode={mode}: --together needs jit; "
+                "set that, or leave out --together"
+            )
 
 
 def _take(lock: Any, directory: epath.Path) -> None:

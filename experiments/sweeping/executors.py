@@ -20,8 +20,7 @@ from etils import epath
 from ddpm_jax.config import RequestError
 from ddpm_jax.interruption import EXIT_CODE, Watch
 from ddpm_jax.progress import duration
-from experiments.sweeping.cells import Stage
-from experiments.sweeping.plan import DIVERGED, DONE, FAILED, INTERRUPTED, Job, RunPlan
+from experiments.sweeping.plan import DIVERGED, DONE, FAILED, INTERRUPTED, Command, Job, RunPlan
 
 Say = Callable[[str], None]
 POLL_SECONDS = 0.2
@@ -45,8 +44,8 @@ def perform(
     """
     status, message = DONE, ""
     for command in job.commands:
-        # Without those that diverged since.
-        runs = [run for run in command.runs if command.stage in run.missing()]
+        # Without those that diverged since, or of which an earlier stage failed.
+        runs = [run for run in command.runs if run.missing()[:1] == [command.stage]]
         if not runs:
             continue
         if stop():
@@ -56,12 +55,15 @@ def perform(
         began = time.monotonic()
         for run in runs:
             run.path.mkdir(parents=True, exist_ok=True)
+        for run in runs[1:]:
+            with run.log.open("a") as other:
+                other.write(f"trained together with seed {runs[0].seed}, see {log}\n")
         told = functools.partial(started, command.stage.name, log)
         code, offset, stopped = _execute(command.argv, log, environment, cpus, stop, told)
         seconds = (time.monotonic() - began) / len(runs)
         printed = lines(log, offset)
         for run in runs:
-            of_run = _outcome(code, stopped, run, command.stage, printed)
+            of_run = _outcome(code, stopped, run, command, printed)
             run.write(command.stage, *of_run, seconds)
             status, message = of_run if of_run[0] != DONE or status == DONE else (status, message)
             if of_run[0] == INTERRUPTED:
@@ -102,21 +104,23 @@ def _execute(argv, log, environment, cpus, stop, started):
 
 
 def _outcome(
-    code: int, stopped: bool, run: RunPlan, stage: Stage, printed: list[str]
+    code: int, stopped: bool, run: RunPlan, command: Command, printed: list[str]
 ) -> tuple[str, str]:
     """(status, message) of a run whose program has ended."""
-    line = (printed or ["nothing was printed"])[-1].strip().removeprefix("error: ")
+    said = [line.strip().removeprefix("error: ") for line in printed or ["nothing was printed"]]
+    line, stage = said[-1], command.stage
     if code == EXIT_CODE or (stopped and code < 0):  # In the second case before it could listen.
         return INTERRUPTED, line
-    trained = stage.mode != "train" or run.trained()
-    if (code == 0 and trained) or (stage.mode == "train" and trained):  # Beside one that failed.
+    if run.complete(stage) and (code == 0 or stage.mode == "train"):  # Beside one that failed.
         return DONE, ""
     if code == 0:
-        return FAILED, f"no checkpoint of step {run.steps}"
+        what = "no checkpoint" if stage.mode == "train" else "not all results"
+        return FAILED, f"{what} of step {run.steps}"
     if code < 0:
         return FAILED, f"killed by {signal.Signals(-code).name} after: {line}"
-    own = [x for x in printed if f"seed {run.seed}:" in x and "not finite" in x]
-    line = own[-1].strip().removeprefix("error: ") if own else line
+    if len(command.runs) > 1:  # A run's own is only what names it.
+        own = [x for x in said if x.startswith(f"seed {run.seed}: ") and "not finite" in x]
+        return (DIVERGED, own[0]) if own else (FAILED, line)
     return (DIVERGED if "not finite" in line else FAILED), line
 
 

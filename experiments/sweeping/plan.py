@@ -100,10 +100,15 @@ class RunPlan:
         """
         entry = read(self.record).get(stage.name)
         if entry is not None and entry["key"] == self.key(stage):
-            done = entry["status"] == DONE
-            return None if done and stage.mode == "train" and not self.trained() else entry
-        there = self.trained() if stage.mode == "train" else self.evaluated(stage)
+            return None if entry["status"] == DONE and not self.complete(stage) else entry
+        there = stage.mode != "sample" and self.complete(stage)
         return {"status": DONE, "message": ""} if there else None
+
+    def complete(self, stage: Stage) -> bool:
+        """Whether all that a stage leaves is there; of samples only its record tells."""
+        if stage.mode == "train":
+            return self.trained()
+        return stage.mode == "sample" or {*self.asked(stage)} <= {*self.results()}
 
     def trained(self) -> bool:
         """Whether the checkpoint of the last step is there."""
@@ -113,10 +118,6 @@ class RunPlan:
     def steps(self) -> int:
         """The optimizer steps of its training."""
         return self.config(self.stages[0]).train.steps
-
-    def evaluated(self, stage: Stage) -> bool:
-        """Whether all results that the stage asks for are there."""
-        return stage.mode == "evaluate" and {*self.asked(stage)} <= {*self.results()}
 
     def asked(self, stage: Stage) -> dict[str, Asked]:
         """The results of a stage of evaluation by name, with their protocols.

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from etils import epath
 
 from ddpm_jax import files
@@ -28,6 +29,8 @@ class SlurmJob:
         self._program: subprocess.Popen | None = None
 
     def __call__(self) -> tuple[str, str]:
+        jax.config.update("jax_platforms", "cpu")  # The programs take the accelerators.
+
         def started(stage: str, log: epath.Path, program: subprocess.Popen) -> None:
             self._program = program
 

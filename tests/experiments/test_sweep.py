@@ -199,6 +199,20 @@ def finish(run, stage, status=plan.DONE, message=""):
     run.write(stage, status, message, 2.0)
 
 
+def keep_results(run, step=2600, value=1.0):
+    """The results that the stage of evaluation asks for, by hand."""
+    for name, asked in run.asked(run.stages[1]).items():
+        estimator = asked.estimator | ({"seed": run.seed} if "seed" in asked.estimator else {})
+        better = asked.kind.better
+        number = Measured(
+            value, 0.02, "bits/dim", better, asked.protocol, estimator, {"outside": 0.25}
+        )
+        subject = {"checkpoint": step, "config": run.config(run.stages[0]).to_dict()}
+        images = asked.protocol.get("images", "")
+        path = RunDirectory.of(run.path).evaluation / f"step{step}_{name}_{images}.json"
+        manifest.save(path, Manifest(name, number, subject, manifest.provenance(1)))
+
+
 def test_only_what_is_missing_is_left(tmp_path):
     def left(**overrides):
         values = [(key.replace("__", "."), value) for key, value in overrides.items()]
@@ -212,12 +226,14 @@ def test_only_what_is_missing_is_left(tmp_path):
     finish(run, train)
     assert left() == ["evaluate"]
     finish(run, evaluate)
+    assert left() == ["evaluate"] and run.outcome() == "evaluate missing"  # Without results.
+    keep_results(run)
     assert left() == [] and run.outcome() == "done"
     assert json.loads(run.record.read_text())["train"]["seconds"] == 4.0
     # Evaluated otherwise, trained further, or without its checkpoint.
     assert left(evaluation__count="500") == ["evaluate"]
     assert left(train__steps="5200") == ["train", "evaluate"]
-    assert left(train__log_every="10") == ["evaluate"]
+    assert left(train__log_every="10") == []  # The results are those asked for.
     (run.path / "checkpoints" / "2600").rmdir()
     assert left() == ["train"]
 
@@ -361,11 +377,35 @@ def test_ends_that_explain_themselves(tmp_path, code, message):
     assert status == "failed" and told.startswith(message)
 
 
+def test_a_failed_training_is_not_evaluated(tmp_path):
+    """What there is to evaluate is another step's."""
+    run = make(tmp_path, [Cell(EPS)]).runs[0]
+    codes = ["import os; print('step 7'); os.kill(os.getpid(), 9)", "print('bits_per_dim: 5.0')"]
+    commands = [Script(*pair) for pair in zip(run.stages, [[run]] * 2, codes, strict=True)]
+    assert executors.perform(plan.Job(run.label, commands)) == (
+        "failed",
+        "killed by SIGKILL after: step 7",
+    )
+    assert "bits_per_dim" not in run.log.read_text()
+    assert run.missing() == [*run.stages]
+    # Nor does an evaluation count that leaves no results.
+    finish(run, run.stages[0])
+    ended = executors.perform(plan.Job(run.label, commands[1:]))
+    assert ended == ("failed", "not all results of step 2600")
+
+
+EVALUATES = (
+    "import pathlib, sys; p = pathlib.Path(sys.argv[1]); (p / 'kept').rename(p / 'evaluation')"
+)
+
+
 def test_one_seeds_failing_evaluation_leaves_the_others(tmp_path):
     planned = make(tmp_path, [Cell(EPS)], seeds=range(3))
     for run in planned.runs:
         finish(run, run.stages[0])
-    codes = ["", "raise SystemExit('error: full')", ""]
+        keep_results(run)
+        (run.path / "evaluation").rename(run.path / "kept")
+    codes = [EVALUATES, "raise SystemExit('error: full')", EVALUATES]
     commands = [
         Script(run.stages[1], [run], code) for run, code in zip(planned.runs, codes, strict=True)
     ]
@@ -385,13 +425,39 @@ def test_of_seeds_together_each_has_its_own_end(tmp_path):
     planned = make(tmp_path, [Cell(EPS)], seeds=range(3), stages=[Stage("train")])
     code = (
         f"import pathlib, sys; p = pathlib.Path({str(tmp_path)!r})\n"
-        "for k in (0, 2): (p/'eps'/f'seed{k}'/'checkpoints'/'2600').mkdir(parents=True)\n"
-        "print('seed 1: loss or gradient not finite at step 5')\n"
-        "sys.exit('error: one of three seeds failed')"
+        "(p/'eps'/f'seed0'/'checkpoints'/'2600').mkdir(parents=True)\n"
+        "said = [f'seed {k}: loss or gradient not finite at step {k + 4}' for k in (1, 2)]\n"
+        "print(*said, sep='\\n')\n"
+        "sys.exit('error: ' + '; '.join(said))"
     )
     job = plan.Job("eps", [Script(planned.runs[0].stages[0], planned.runs, code)])
     assert executors.perform(job)[0] == "diverged"
-    assert [run.outcome().partition(":")[0] for run in planned.runs] == ["done", "diverged", "done"]
+    assert [run.outcome() for run in planned.runs] == [
+        "done",
+        "diverged: seed 1: loss or gradient not finite at step 5",
+        "diverged: seed 2: loss or gradient not finite at step 6",
+    ]
+    first, *others = (run.log for run in planned.runs)
+    assert all(log.read_text().endswith(f"seed 0, see {first}\n") for log in others)
+
+
+def test_what_names_no_seed_is_no_seeds_divergence(tmp_path):
+    planned = make(tmp_path, [Cell(EPS)], seeds=range(2), stages=[Stage("train")])
+    code = "import sys; print('seed 0: step 7'); sys.exit('error: samples are not finite')"
+    job = plan.Job("eps", [Script(planned.runs[0].stages[0], planned.runs, code)])
+    assert executors.perform(job) == ("failed", "samples are not finite")
+    assert all(run.missing() for run in planned.runs)
+
+
+@pytest.mark.parametrize("mode", ["run", "check"])
+def test_seeds_together_are_refused_in_another_mode_than_jit(tmp_path, capsys, mode):
+    cells = "[Cell({}), Cell({'parallel.mode': 'fsdp'}, name='split')]"
+    file = sweep_file(tmp_path, f"return Sweep('T', {DIGITS!r}, {{'g': {cells}}})")
+    argv = [f"--sweep={file}", f"--workdir={tmp_path}/out", f"--mode={mode}", "--together"]
+    assert program.main(argv) == 2
+    error = capsys.readouterr().err
+    assert "cell split: config.parallel.mode=fsdp" in error and "leave out --together" in error
+    assert error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 def test_the_machine_is_shared_out(monkeypatch):
@@ -507,17 +573,7 @@ def measured(planned, skip=(), step=2600, values=VALUES):
                 continue
             for stage in run.stages:
                 finish(run, stage)
-            asked = run.asked(run.stages[1])["bits_per_dim_test"]
-            details = {"outside": 0.25}
-            estimator = asked.estimator | {"seed": run.seed}
-            number = Measured(
-                values[i, run.seed], 0.02, "bits/dim", "lower", asked.protocol, estimator, details
-            )
-            subject = {"checkpoint": step, "config": run.config(run.stages[0]).to_dict()}
-            name = f"step{step}_bits_per_dim_test_{asked.protocol['images']}.json"
-            path = RunDirectory.of(run.path).evaluation / name
-            kept = Manifest("bits_per_dim_test", number, subject, manifest.provenance(1))
-            manifest.save(path, kept)
+            keep_results(run, step, values[i, run.seed])
 
 
 def test_the_table_is_means_and_deviations_over_seeds(tmp_path):
@@ -569,17 +625,16 @@ def test_the_table_tells_what_is_missing_or_unlike(tmp_path):
 def test_results_of_other_settings_are_not_shown(tmp_path):
     """Of fewer images, of an earlier step, or damaged."""
     cells = [Cell(EPS, name="a"), Cell({"diffusion.prediction": "v"}, name="b")]
-    few = make(tmp_path, cells, overrides=[("evaluation.max_images", "100")])
+    bound = [("evaluation.metrics", "bits_per_dim")]
+    few = make(tmp_path, cells, overrides=[*bound, ("evaluation.max_images", "100")])
     measured(few, values=VALUES + 1)
-    planned = make(tmp_path, cells)
+    planned = make(tmp_path, cells, overrides=bound)
     assert [run.results() for run in planned.runs] == [{}, {}]
     measured(planned)
     measured(planned, step=1300, values=VALUES + 2)
     (planned.runs[1].path / "evaluation" / "step2600_x.json").write_text("{")
     for k, run in enumerate(planned.runs):
-        assert {name: float(m.measured) for name, m in run.results().items()} == {
-            "bits_per_dim_test": VALUES[k, 0]
-        }
+        assert {float(m.measured) for m in run.results().values()} == {VALUES[k, 0]}
     assert float(few.runs[0].results()["bits_per_dim_test"].measured) == VALUES[0, 0] + 1
 
 
@@ -589,12 +644,8 @@ def test_what_printed_commands_have_done_counts(tmp_path):
     (run,) = planned.runs
     (run.path / "checkpoints" / "2600").mkdir(parents=True)
     assert [stage.name for stage in run.missing()] == ["evaluate"]
-    asked = run.asked(run.stages[1])
-    for name, one in asked.items():
-        number = Measured(1.0, 0.1, protocol=one.protocol, estimator=one.estimator)
-        kept = Manifest(name, number, {"checkpoint": 2600}, manifest.provenance(1))
-        manifest.save(RunDirectory.of(run.path).evaluation / f"step2600_{name}.json", kept)
-    assert len(asked) == 5 and run.missing() == [] and run.outcome() == "done"
+    keep_results(run)
+    assert len(run.asked(run.stages[1])) == 5 and run.missing() == [] and run.outcome() == "done"
 
 
 def test_a_run_that_went_further_is_refused(tmp_path):
