@@ -4,6 +4,7 @@ import argparse
 import csv
 import dataclasses
 import json
+import pathlib
 import shutil
 import signal
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from ddpm_jax.evaluation.features import make_extractor
 from ddpm_jax.evaluation.quality import compare_images
 from ddpm_jax.main import main
 from ddpm_jax.parallel import make_layout
-from experiments import continuations, quality_curve
+from experiments import continuations, interpolation, quality_curve
 from experiments import progressive_generation as experiment
 from experiments.common import Study, chain_indices
 
@@ -268,24 +269,30 @@ def test_an_interrupted_figure_goes_on_to_the_bit(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module, flags", [(NAME, FLAGS), ("interpolation", ["--pairs=3"])])
-def test_two_devices_draw_what_one_does(run_directory, tmp_path, module, flags):
-    """A process of its own for each; images differ by rounding, by a level at most."""
+def test_two_devices_draw_what_one_does(made, run_directory, tmp_path):
+    """In a process of its own, Figs. 6 to 9; images differ by rounding, by a level at most."""
+    code = "import sys; import test_progressive_generation as t; t.figures_6_to_9(*sys.argv[1:])"
+    two = shutil.copytree(run_directory, tmp_path / "two")
+    tests = str(pathlib.Path(__file__).parent)
+    process = start([str(two)], 2, f"import sys; sys.path.append({tests!r}); {code}")
+    assert process.wait() == 0, process.stderr.read()
+    one = shutil.copytree(made, tmp_path / "one")
+    figures_6_to_9(one)
     found = []
-    for devices in (1, 2):
-        workdir = shutil.copytree(run_directory, tmp_path / f"{devices}")
-        code = f"import sys; from experiments.{module} import main; sys.exit(main())"
-        cache = f"--config.evaluation.cache_dir={tmp_path}"
-        process = start([f"--run={workdir}", cache, "--times=9", *flags], devices, code)
-        assert process.wait() == 0, process.stderr.read()
+    for workdir in (one, two):
         arrays = {p.name: parts.read(p) for p in (workdir / "evaluation").glob("*.npz")}
         found.append({(n, k): x for n, a in arrays.items() for k, x in a.items()})
-    one, two = found
-    assert one.keys() == two.keys()
-    images = [key for key, x in one.items() if x.dtype == np.uint8]
-    assert images
+    assert found[0].keys() == found[1].keys()
+    images = [key for key, x in found[0].items() if x.dtype == np.uint8]
+    assert {name.split("_")[1] for name, _ in images} == {"progressive", "interpolation"}
     for key in images:
-        assert np.abs(one[key].astype(int) - two[key]).max() <= 1
+        assert np.abs(found[0][key].astype(int) - found[1][key]).max() <= 1
+
+
+def figures_6_to_9(workdir):
+    """On the devices that there are."""
+    assert call(workdir) == 0
+    assert interpolation.main([f"--run={workdir}", "--pairs=3", "--times=9"]) == 0
 
 
 def test_a_shorter_chain_is_followed_at_its_own_times_and_one_without_noise_has_no_fig_7(
