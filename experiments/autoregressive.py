@@ -109,7 +109,8 @@ def prepare(study: common.Study) -> Setup:
     process = Masking(make_order(flags.order, config.seed, math.prod(shape)), len(levels))
     network = runs.make_model(config).clone(out_channels=len(levels) * shape[-1])
     model = Model(process, levels, network, shape)
-    return Setup(model, training, source, positions, subset, Trainer(study, model, training, steps))
+    trainer = Trainer(study, model, training, steps, at_least=flags.steps is None)
+    return Setup(model, training, source, positions, subset, trainer)
 
 
 def histogram_bits(model: Model, training: Source, images: np.ndarray) -> np.ndarray:

@@ -147,14 +147,19 @@ def check_levels(images: np.ndarray, levels: np.ndarray, source: Source) -> None
 class Trainer:
     """The model's training, in a directory of its own, on from where it was."""
 
-    def __init__(self, study: common.Study, model: Model, source: Source, steps: int):
+    def __init__(
+        self, study: common.Study, model: Model, source: Source, steps: int, at_least: bool = False
+    ):
         """Opens the directory.
 
+        Args:
+          steps: of training in all.
+          at_least: whether a model that has been trained for more is taken as it is.
         Raises:
           RequestError: the model has been trained for more steps, or the batch does not divide
             over the devices.
         """
-        self._study, self._source, self.steps = study, source, steps
+        self._study, self._source = study, source
         self._config = config = study.run.config
         self._task = make_task(config, model)
         height, width, channels = model.shape
@@ -172,7 +177,8 @@ class Trainer:
         self.path: epath.Path = study.directory.path / study.name / f"{study.flags.order}_{key}"
         self._checkpoints = Checkpoints(self.path / "checkpoints", config.train.keep_checkpoints)
         newest = max(self._checkpoints.steps(), default=0)
-        if newest > steps:
+        self.steps = max(steps, newest) if at_least else steps
+        if newest > self.steps:
             raise RequestError(
                 f"--steps={steps}: the model in {self.path} has been trained for {newest} steps; "
                 f"choose --steps={newest} or more, or delete it"

@@ -490,6 +490,7 @@ def test_more_steps_go_on_and_an_interruption_too_to_the_bit(run, tmp_path, monk
     match = "has been trained for 10 steps; choose --steps=10 or more"
     with pytest.raises(RequestError, match=match):
         prepared(tmp_path / "cut", "--steps=5")
+    assert prepared(tmp_path / "cut").trainer.steps == 10  # Of a default of 3.
     # Another order is another model, and the parameters themselves are not their average.
     prepared(tmp_path / "cut", "--steps=5", "--order=random")
     raw, _ = prepared(tmp_path / "cut", "--steps=10", evaluation__ema=False).trainer()
