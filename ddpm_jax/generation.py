@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -61,8 +62,8 @@ def compile_sampler(
     """
     how = config.sample
 
-    def sampler(params: Any, indices: jax.Array) -> Drawn:
-        example_keys = keys.example_keys(config.seed, "sample", 0, indices)
+    def sampler(seed: jax.Array, params: Any, indices: jax.Array) -> Drawn:
+        example_keys = keys.example_keys(seed, "sample", 0, indices)
         drawn = sampling.sample(
             process,
             lambda x_t, t: model.apply({"params": params}, x_t, t),
@@ -82,7 +83,9 @@ def compile_sampler(
 
     one = layout.split(0)
     split = Drawn(one, one, one, layout.split(1) if x0_at else None)
-    return jax.jit(sampler, in_shardings=(params_sharding, one), out_shardings=split)
+    placed = layout.replicated, params_sharding, one
+    compiled = jax.jit(sampler, in_shardings=placed, out_shardings=split)
+    return functools.partial(compiled, np.int32(config.seed))  # One program serves all seeds.
 
 
 def padded_batch(batch_size: int, layout: Layout) -> int:

@@ -1,7 +1,10 @@
 """Seeds trained together against the same seeds trained one by one, and what can go wrong."""
 
+import contextlib
 import dataclasses
+import functools
 import json
+import os
 import shutil
 import signal
 
@@ -9,16 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs_for_tests import TINY, arguments, assert_equal_states, final_state, start, train
+from runs_for_tests import ROOT, TINY, arguments, assert_equal_states, final_state, start, train
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import files, runs
+from ddpm_jax import figures, files, keys, runs
+from ddpm_jax.data import nbytes, open_source, pipeline
 from ddpm_jax.interruption import Interrupted
 from ddpm_jax.main import main
+from ddpm_jax.parallel import compile_call
+from ddpm_jax.training import lane as lane_module
 from ddpm_jax.training import together
 from ddpm_jax.training.checkpoints import Checkpoints
-from ddpm_jax.training.job import make_job
+from ddpm_jax.training.job import initial_state, make_job
+from ddpm_jax.training.lane import Lane
 from ddpm_jax.training.metrics import NonFiniteError
+from ddpm_jax.training.step import seeded_call
 
 SEEDS = (0, 5, 2)
 TIMES = ("steps_per_second", "images_per_second", "seconds_waiting_for_data")
@@ -86,12 +94,28 @@ def assert_close_run(one, other):
             np.testing.assert_allclose(state[path], leaf, atol=1e-4, err_msg=path)
 
 
+@contextlib.contextmanager
+def seeds_are_arguments():
+    """Of every program that is traced: one that is compiled serves all seeds."""
+    original, traced = keys.example_keys, []
+
+    def example_keys(seed, *args):
+        traced.append(isinstance(seed, jax.core.Tracer))
+        return original(seed, *args)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(keys, "example_keys", example_keys)
+        yield
+    assert traced and all(traced)
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """Each seed by itself."""
     parent = tmp_path_factory.mktemp("alone")
     for seed in SEEDS:
-        assert train(parent / f"seed{seed}", seed=seed) == 0
+        with seeds_are_arguments():
+            assert train(parent / f"seed{seed}", seed=seed) == 0
     return parent
 
 
@@ -157,6 +181,33 @@ def test_calls_of_several_steps_and_microbatches(alone, tmp_path):
 
 
 @pytest.mark.slow
+def test_as_alone_to_the_bit_with_the_compilers_optimisations(monkeypatch):
+    """The digits' settings; half of their network, as compiling it takes all the time."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+    process = start([], code="import test_together as t; t.optimised()")
+    assert process.wait(timeout=300) == 0, process.communicate()
+
+
+def optimised():
+    """In a process of its own: 20 steps of two seeds, and of one of them alone."""
+    config = config_lib.load_file(f"{ROOT}/configs/digits.py")
+    config.model.update(channel_multipliers=(1,), attention_resolutions=(8,))
+    job = make_job(config)
+    seeds, images = SEEDS[:2], np.random.default_rng(0).integers(0, 256, (2, 10, 64, 8, 8, 1))
+    initial = jax.jit(initial_state(config, job.task), out_shardings=job.sharding)
+    both = together.compile_together(job.layout, job.task, seeds, job.sharding, "unrolled")
+    program = functools.partial(seeded_call, job.task)
+    alone = compile_call(job.layout, program, (job.layout.replicated, job.sharding))
+    carried, states = (np.int32(seeds[1]), initial(seeds[1])), [initial(seed) for seed in seeds]
+    for batches in images.astype(np.uint8):
+        carried, metrics = alone(carried, batches)
+        states, of_each = both(states, [batches] * 2)
+        jax.tree.map(np.testing.assert_array_equal, metrics, of_each[1])
+    assert states[1].step == 20
+    jax.tree.map(np.testing.assert_array_equal, carried[1], states[1])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("form", together.FORMS)
 def test_batches_split_over_four_devices(alone, tmp_path, form):
     code = f"import test_together as t, pathlib, sys; t.on_devices(sys.argv[1], {form!r})"
@@ -189,6 +240,15 @@ def test_one_program_serves_any_seeds():
     for form in together.FORMS:
         assert program((0, 1), form) == program((7, 3), form)
     assert program((0, 1), "unrolled") != program((0, 1), "vmap")
+
+
+def test_what_interrupts_the_beginning_is_not_hidden(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "resident_gather", interrupted)
+    assert train(tmp_path) == 75
+    assert capsys.readouterr().err == "stopped at once; the same command goes on\n"
 
 
 def signal_after(monkeypatch, owner, name, wanted):
@@ -237,40 +297,61 @@ def rewound(finished, parent, seed):
     return workdir
 
 
-def test_seeds_that_stand_apart_meet_and_finished_ones_are_left_alone(alone, tmp_path, capsys):
-    """The last seed is at its end, the first halfway, the second not begun."""
-    ahead, _, done = SEEDS
-    rewound(alone, tmp_path, ahead)
+def test_seeds_that_stand_apart_meet_and_finished_ones_are_left_alone(
+    alone, tmp_path, monkeypatch, capsys
+):
+    """The last seed is at its end, the first at a line of its metrics, the second not begun."""
+    ahead, behind, done = SEEDS
+    assert train(tmp_path / f"seed{ahead}", seed=ahead, train__steps=5) == 0
     shutil.copytree(alone / f"seed{done}", tmp_path / f"seed{done}")
     before = snapshot(tmp_path / f"seed{done}")
+    waiting = snapshot(tmp_path / f"seed{ahead}/checkpoints")
+    placed = []
+    gather = together.resident_gather
+    monkeypatch.setattr(
+        together, "resident_gather", lambda *args: placed.append(1) or gather(*args)
+    )
+    # The config is that of the runs themselves; all the images fit, once.
+    size = nbytes(open_source(runs.RunDirectory.of(tmp_path / f"seed{done}").load_config()))
+    argv = [f"--workdir={tmp_path}/seed{{seed}}", "--seeds=0,5,2", "--config.train.steps=20"]
+    argv.append(f"--config.data.resident_bytes={size}")
+    hit = signal_after(monkeypatch, Lane, "step_to", lambda lane, *_: lane.step == 3)
+    assert main(argv) == 75 and hit and len(placed) == 1
+    assert final_state(tmp_path / f"seed{behind}")[1] == 4
+    assert snapshot(tmp_path / f"seed{ahead}/checkpoints") == waiting
     capsys.readouterr()
-    # The config is that of the runs themselves.
-    argv = [f"--workdir={tmp_path}/seed{{seed}}", "--seeds=0,5,2"]
     assert main(argv) == 0
     said = capsys.readouterr().out
-    assert said.index("training seeds 5 from step 0") < said.index("training seeds 0, 5 from step")
-    assert "training seeds 0, 5 from step 10" in said
+    assert said.index("training seeds 5 from step 4") < said.index("training seeds 0, 5 from step")
+    assert "training seeds 0, 5 from step 5" in said
     for seed in SEEDS:
         assert_same_run(tmp_path / f"seed{seed}", alone / f"seed{seed}")
+        records = map(json.loads, (tmp_path / f"seed{seed}/metrics.jsonl").read_text().splitlines())
+        assert all(record["steps_per_second"] > 0 for record in records)
     config = tmp_path / f"seed{done}" / "config.json"
     after = snapshot(tmp_path / f"seed{done}")
-    assert before.pop(config)[0] == after.pop(config)[0] and before == after
+    del before[config], after[config]
+    assert before == after
 
 
-def test_nothing_is_done_for_what_is_finished_but_its_last_figure(unrolled, tmp_path):
+def test_nothing_is_done_for_what_is_finished_but_its_last_figure(unrolled, tmp_path, monkeypatch):
     parent = shutil.copytree(unrolled, tmp_path / "runs")
     before = snapshot(parent)
     assert main(command(parent)) == 0
     after = snapshot(parent)
     changed = {p for p in after if after[p] != before.get(p) and p.name != "config.json"}
     assert not changed and before.keys() == after.keys()
-    figure = parent / f"seed{SEEDS[1]}" / "figures/training.png"
-    content = figure.read_bytes()
-    figure.unlink()
+    # One that is older than the last samples, and one that is not there; a signal in between.
+    old, gone = (parent / f"seed{seed}" / "figures/training.png" for seed in SEEDS[1:])
+    content = gone.read_bytes()
+    os.utime(old, (0, 0))
+    gone.unlink()
+    hit = signal_after(monkeypatch, figures, "training_figure", lambda *_: True)
+    assert main(command(parent)) == 75 and hit
+    assert old.stat().st_mtime > 0 and not gone.exists()
     assert main(command(parent)) == 0
-    assert figure.read_bytes() == content
-    for seed in (SEEDS[0], SEEDS[2]):
-        assert snapshot(parent / f"seed{seed}/samples").items() <= before.items()
+    assert gone.read_bytes() == content
+    assert snapshot(parent / f"seed{SEEDS[0]}/samples").items() <= before.items()
 
 
 def poison(workdir):
@@ -295,15 +376,21 @@ def poison(workdir):
     ],
 )
 def test_a_seed_whose_loss_is_not_finite_stops_and_the_others_finish(
-    alone, tmp_path, capsys, form, every, seeds
+    alone, tmp_path, monkeypatch, capsys, form, every, seeds
 ):
-    """A real infinity goes through the common program. With `every` 1 all is due at each step."""
+    """A real infinity goes through the common program. With `every` 1 all is due at each step.
+
+    A signal later on stops the others as if it were not there.
+    """
     bad = SEEDS[1]
     for seed in seeds:
         rewound(alone, tmp_path, seed)
     assert poison(tmp_path / f"seed{bad}") == 10
     capsys.readouterr()
     if form == "unrolled":
+        signal_after(monkeypatch, Lane, "step_to", lambda lane, *_: lane.step == 15)
+        assert main(command(tmp_path, seeds, train__checkpoint_every=every)) == 75
+        capsys.readouterr()
         assert main(command(tmp_path, seeds, train__checkpoint_every=every)) == 1
         captured = capsys.readouterr()
         error = captured.err.removeprefix("error: ")
@@ -322,6 +409,34 @@ def test_a_seed_whose_loss_is_not_finite_stops_and_the_others_finish(
             same(tmp_path / f"seed{seed}", alone / f"seed{seed}")
             assert (tmp_path / f"seed{seed}/samples/step_00000020.png").exists()
     assert not (tmp_path / f"seed{bad}/samples/step_00000020.png").exists()
+
+
+def test_what_is_evaluated_afterwards(unrolled, tmp_path, monkeypatch, capsys):
+    """Finished seeds are evaluated when asked to be; one without a finite result fails alone."""
+    parent = shutil.copytree(unrolled, tmp_path / "runs")
+    settings = EVALUATION | {"evaluation__cache_dir": tmp_path / "cache"}
+    bad, good = SEEDS[:2]
+    measure = lane_module.evaluate_and_keep
+
+    def failing(evaluator, run, *args):
+        if run.config.seed == bad and "bits_per_dim_test" in evaluator.asked and not args[2]():
+            raise NonFiniteError("bits/dim is not finite")
+        return measure(evaluator, run, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lane_module, "evaluate_and_keep", failing)
+        assert main(command(parent, (bad, good), **settings)) == 1
+    captured = capsys.readouterr()
+    assert f"seed {bad}: bits/dim is not finite" in captured.out.splitlines()
+    assert captured.err == f"error: seed {bad}: bits/dim is not finite\n"
+    assert runs.load(parent / f"seed{good}", best=True).step == 20
+    assert not (parent / f"seed{bad}/best/bits_per_dim_test/20").exists()
+    before = snapshot(parent / f"seed{good}")
+    with seeds_are_arguments():
+        assert main(command(parent, (bad, good), **settings)) == 0
+    assert runs.load(parent / f"seed{bad}", best=True).step == 20
+    after = snapshot(parent / f"seed{good}")
+    assert {path.name for path in after if after[path] != before.get(path)} == {"config.json"}
 
 
 @pytest.mark.slow
@@ -377,6 +492,17 @@ def test_a_directory_of_another_config_is_refused_before_any_is_written(tmp_path
     error = capsys.readouterr().err
     assert "seed2" in error and "train.batch_size was 8, is 16" in error
     assert [path.name for path in tmp_path.iterdir()] == ["seed2"]
+    # Nor another folder of images.
+    for folder in "ab":
+        (tmp_path / "images" / folder).mkdir(parents=True)
+        for k in range(8):
+            figures.save_png(tmp_path / f"images/{folder}/{k}.png", np.zeros((8, 8, 1), np.uint8))
+    settings = {"data__name": "folder", "data__cache_dir": tmp_path / "cache", "train__steps": 0}
+    parent, data = tmp_path / "folder", "data__data_dir"
+    assert train(parent / "seed2", seed=2, **settings, **{data: tmp_path / "images/a"}) == 0
+    assert main(command(parent, **settings, **{data: tmp_path / "images/b"})) == 2
+    assert "data.data_dir was" in capsys.readouterr().err
+    assert [path.name for path in parent.iterdir()] == ["seed2"]
     # Nor is the run of one seed taken for another's.
     shutil.copytree(tmp_path / "seed2", tmp_path / "seed3")
     assert main(command(tmp_path, (0, 3))) == 2

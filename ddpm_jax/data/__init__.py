@@ -1,12 +1,21 @@
 """Images: where they come from, and the batches of step N."""
 
-from ddpm_jax.data.pipeline import Batches, batch_positions, random_flip, to_float, to_uint8
+from ddpm_jax.data.pipeline import (
+    Batches,
+    Gather,
+    batch_positions,
+    random_flip,
+    resident_gather,
+    to_float,
+    to_uint8,
+)
 from ddpm_jax.data.records import ReadError, RecordSource
 from ddpm_jax.data.sources import ArraySource, Source, nbytes, open_source
 
 __all__ = [
     "ArraySource",
     "Batches",
+    "Gather",
     "ReadError",
     "RecordSource",
     "Source",
@@ -14,6 +23,7 @@ __all__ = [
     "nbytes",
     "open_source",
     "random_flip",
+    "resident_gather",
     "to_float",
     "to_uint8",
 ]

@@ -18,6 +18,7 @@ from ddpm_jax.config import RequestError
 from ddpm_jax.data.sources import Source
 
 READ_AHEAD = 3  # Calls prepared ahead of the one asked for.
+Gather = Callable[[np.ndarray], jax.Array]  # See `resident_gather`.
 
 
 def batch_positions(seed: int, step: int, batch_size: int, num_images: int) -> np.ndarray:
@@ -80,7 +81,7 @@ class Batches:
       batch_size: images a step, over all processes.
       steps_per_call: steps a call.
       sharding: of [steps_per_call, batch_size, h, w, c]; only axis 1 may be split.
-      resident: whether the source is put on the devices.
+      resident: whether the source is put on the devices; or, where it is there, the gather from it.
 
     Raises:
       RequestError: batch_size does not divide over the devices.
@@ -93,7 +94,7 @@ class Batches:
         batch_size: int,
         steps_per_call: int,
         sharding: NamedSharding,
-        resident: bool,
+        resident: bool | Gather,
     ):
         self.wait_seconds = 0.0
         self._source, self._seed, self._sharding = source, seed, sharding
@@ -105,7 +106,7 @@ class Batches:
                 f"config.train.batch_size={batch_size}: must divide over the devices of the mesh "
                 f"{dict(sharding.mesh.shape)}"
             ) from error
-        self._gather = resident_gather(source, sharding) if resident else None
+        self._gather = resident_gather(source, sharding) if resident is True else resident
         self._reader = None if resident else concurrent.futures.ThreadPoolExecutor(1, "read-ahead")
         self._ahead: collections.deque[tuple[int, concurrent.futures.Future]] = collections.deque()
 
@@ -166,7 +167,7 @@ class Batches:
         self.close()
 
 
-def resident_gather(source: Source, sharding: NamedSharding) -> Callable[[np.ndarray], jax.Array]:
+def resident_gather(source: Source, sharding: NamedSharding) -> Gather:
     """Puts all images on every device of the mesh; gives positions [k, n] -> [k, n, h, w, c].
 
     The answer is sharded as `sharding` says, and every device gathers its own part of it.

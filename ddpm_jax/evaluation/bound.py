@@ -62,7 +62,9 @@ def compile_terms(
     """
     num_steps = process.schedule.num_steps
 
-    def compute(params: Any, images: jax.Array, indices: jax.Array, draw: jax.Array) -> Terms:
+    def compute(
+        params: Any, images: jax.Array, indices: jax.Array, seed: jax.Array, draw: jax.Array
+    ) -> Terms:
         x0 = to_float(images)
         keys = keys_lib.example_keys(seed, "bound", draw, indices)
         if terms:
@@ -77,13 +79,15 @@ def compile_terms(
     one = layout.split(0)
     compiled = jax.jit(
         compute,
-        in_shardings=(params_sharding, one, one, layout.replicated),
+        in_shardings=(params_sharding, one, one, layout.replicated, layout.replicated),
         out_shardings=Terms(one, one, one, one, one),
     )
 
     def on_host(params: Any, images: np.ndarray, indices: np.ndarray, draw: int) -> Terms:
         placed = from_host(images, one), from_host(indices.astype(np.int32), one)
-        terms = compiled(params, *placed, from_host(np.int32(draw), layout.replicated))
+        # As arguments: one program serves all seeds.
+        numbers = (from_host(np.int32(number), layout.replicated) for number in (seed, draw))
+        terms = compiled(params, *placed, *numbers)
         return Terms(*map(to_host, terms))
 
     return on_host

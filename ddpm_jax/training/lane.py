@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from ddpm_jax import figures, files
-from ddpm_jax.data import Batches, Source
+from ddpm_jax.data import Batches, Gather, Source
 from ddpm_jax.evaluation.manifest import Measured, digest
 from ddpm_jax.evaluation.requests import Evaluator
 from ddpm_jax.evaluation.results import evaluate_and_keep
@@ -34,24 +34,6 @@ PATH_TIMES = 10  # Times of the reverse process in figures/training.png.
 PATH_SAMPLES = 6
 
 
-def open_lane(
-    stack: contextlib.ExitStack,
-    job: Job,
-    source: Source,
-    directory: RunDirectory,
-    watch: Watch,
-    say: Callable[[str], None],
-    evaluators: Sequence[Evaluator],
-    resident: bool,
-) -> Lane:
-    """A run at its newest whole checkpoint, or at its start; the stack closes it."""
-    checkpoints = Checkpoints(directory.checkpoints, job.config.train.keep_checkpoints)
-    stack.callback(checkpoints.close)
-    lane = Lane(job, source, directory, checkpoints, watch, say, evaluators, resident)
-    stack.callback(lane.close)
-    return lane
-
-
 class Lane:
     """A run on its way: all of it but the program that makes its steps.
 
@@ -69,28 +51,27 @@ class Lane:
 
     def __init__(
         self,
+        stack: contextlib.ExitStack,
         job: Job,
-        source: Source,
         directory: RunDirectory,
-        checkpoints: Checkpoints,
+        evaluators: Sequence[Evaluator],
         watch: Watch,
         say: Callable[[str], None],
-        evaluators: Sequence[Evaluator],
-        resident: bool,
     ):
-        """See `open_lane`; resident: whether the images are put on the devices."""
+        """A run at its newest whole checkpoint, or at its start; the stack closes its files."""
         self.job, self.loss = job, ""
         self.error: NonFiniteError | None = None
-        self._source, self._directory, self._resident = source, directory, resident
-        self._checkpoints, self._watch, self._say = checkpoints, watch, say
-        self._evaluators = evaluators
+        self._stack, self._directory, self._evaluators = stack, directory, evaluators
+        self._watch, self._say = watch, say
         self._train = job.config.train
+        self._checkpoints = Checkpoints(directory.checkpoints, self._train.keep_checkpoints)
+        stack.callback(self._checkpoints.close)
         self._first_host = jax.process_index() == 0
         self.state, self.step, self._window = self._restored()
         self._saved = self.seen = self.step
         # The metrics of the call before: the host never waits for the device.
         self._waiting: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
-        self._sampler = self._writer = None
+        self._sampler = None
         self._best = Best(directory.best, self._train.keep_best) if self._train.keep_best else None
 
     def _restored(self) -> tuple[State, int, Window]:
@@ -105,27 +86,23 @@ class Lane:
         self._say(f"going on from step {step}")
         return state, step, Window(notes["window"])
 
-    def begin(self) -> None:
-        """Opens data and files."""
+    def begin(self, source: Source, resident: bool | Gather) -> None:
+        """Opens data and files; see `Batches`."""
         if self._first_host and self.step < self._train.steps:
             self._directory.note_start(self.step)
         self._writer = Writer(
             self._directory.path, self._directory.metrics, self.step, self._keeps, self._first_host
         )
+        self._stack.callback(self._writer.close)
         self.batches = Batches(
-            self._source,
+            source,
             self.job.config.seed,
             self._train.batch_size,
             self._train.steps_per_call,
             self.job.layout.split(1),
-            self._resident,
+            resident,
         )
-
-    def close(self) -> None:
-        """Closes data and files."""
-        if self._writer is not None:
-            self._writer.close()
-            self.batches.close()
+        self._stack.callback(self.batches.close)
 
     def _keeps(self, record: dict[str, Any]) -> bool:
         """Whether a line of an earlier life is one that an unbroken run would have."""
@@ -134,16 +111,16 @@ class Lane:
             return bool(every) and self.step % every == 0
         return record["step"] <= self.step
 
-    def step_to(self, state: State, metrics: dict[str, jax.Array], wait: bool) -> None:
-        """Takes the results of a call, and reads what is known of its metrics.
-
-        Args:
-          wait: for the metrics of this call, as where something is due.
-        """
+    def step_to(self, state: State, metrics: dict[str, jax.Array]) -> None:
+        """Takes the results of a call, and reads what is known of its metrics."""
         self.state = state
         self.step += self._train.steps_per_call
         self._waiting.append((self.step, metrics))
-        while len(self._waiting) > (0 if wait or self.due() else 1) and self.error is None:
+        self.read(0 if self.due() else 1)
+
+    def read(self, left: int = 0) -> None:
+        """Reads the metrics of all calls but the `left` last ones."""
+        while len(self._waiting) > left and self.error is None:
             try:
                 self._take(*self._waiting.popleft())
             except NonFiniteError as error:
@@ -190,34 +167,41 @@ class Lane:
         step, every = self.step, self._train.evaluate_every
         if not every or (step < self._train.steps and step % every):
             return True
-        ema = self.job.config.evaluation.ema
-        params = self.state.ema_params if ema else self.state.params
-        run = dataclasses.replace(template(self.job), step=step, params=params)
-        results: dict[str, Measured] = {}
         try:
-            for evaluator in self._evaluators:
-                results |= evaluate_and_keep(
-                    evaluator, run, self._directory, self._say, self._watch.asked, False
-                )
+            results = self._results(self._say, self._watch.asked)
         except Interrupted:
             return False
+        except NonFiniteError as error:
+            self.error = error
+            return True
         errors = {
             f"{name}_error": measured.standard_error
             for name, measured in results.items()
             if measured.standard_error is not None
         }
         self._writer.scalars_once(step, {n: float(m) for n, m in results.items()} | errors)
-        self._keep_best(results)
+        if best := self._new_best(results):
+            both = {"ema_params": self.state.ema_params, "params": self.state.params}
+            self._best.save(step, both, *best)
         return True
 
-    def _keep_best(self, results: dict[str, Measured]) -> None:
+    def _results(self, say: Callable[[str], None], stop: Callable[[], bool]) -> dict[str, Measured]:
+        """What the evaluators find at this step, or have found before."""
+        ema = self.job.config.evaluation.ema
+        params = self.state.ema_params if ema else self.state.params
+        run = dataclasses.replace(template(self.job), step=self.step, params=params)
+        results: dict[str, Measured] = {}
+        for evaluator in self._evaluators:
+            results |= evaluate_and_keep(evaluator, run, self._directory, say, stop, False)
+        return results
+
+    def _new_best(self, results: dict[str, Measured]) -> tuple[float, str] | None:
+        """The value and protocol of the result that chooses, if it beats the one kept."""
         if self._best is None:
-            return
+            return None
         chosen = results[self._train.keep_best]
-        protocol = digest(chosen.protocol, chosen.estimator)
-        if self._best.beaten_by(float(chosen), chosen.better, protocol):
-            both = {"ema_params": self.state.ema_params, "params": self.state.params}
-            self._best.save(self.step, both, float(chosen), protocol)
+        value, protocol = float(chosen), digest(chosen.protocol, chosen.estimator)
+        return (value, protocol) if self._best.beaten_by(value, chosen.better, protocol) else None
 
     def _save(self) -> None:
         self._saved = self.step
@@ -279,13 +263,21 @@ class Lane:
         self._say(f"figure:  {self._figure()}")
 
     def finished(self) -> bool:
-        """Whether nothing is left to do: the figure was drawn after the last step's samples."""
+        """Whether nothing is left: all is evaluated, the figure drawn after the last samples."""
         if self.step < self._train.steps:
             return False
         figure, picture = self._figure(), self._picture()
         drawn = figure.exists() and picture.exists()
         drawn = drawn and figure.stat().mtime >= picture.stat().mtime
-        return bool(first_hosts(np.array(drawn)))
+        return bool(first_hosts(np.array(drawn))) and self._measured()
+
+    def _measured(self) -> bool:
+        """Whether evaluating at the last step would neither measure nor keep anything."""
+        try:
+            results = self._results(lambda line: None, lambda: True)
+        except Interrupted:
+            return False
+        return self._new_best(results) is None
 
     def _figure(self) -> epath.Path:
         return self._directory.figures / "training.png"

@@ -38,7 +38,8 @@ class Window:
             steps = ", ".join(str(last_step - len(losses) + 1 + k) for k in bad[:8])
             raise NonFiniteError(
                 f"loss or gradient not finite at step {steps}: loss {losses[bad[0]]}, gradient "
-                f"norm {norms[bad[0]]}; start another --workdir, with a lower rate"
+                f"norm {norms[bad[0]]}; try a lower --config.train.learning_rate, a run in "
+                "another --workdir"
             )
         values = {name: np.asarray(x, np.float64).sum(axis=0) for name, x in metrics.items()}
         values["learning_rate"] = np.float64(metrics["learning_rate"][-1])

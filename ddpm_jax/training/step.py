@@ -172,3 +172,12 @@ def train_call(
         state, metrics = train_step(task, state, images[0], axis_name)
         return state, jax.tree.map(lambda x: x[None], metrics)
     return jax.lax.scan(lambda s, x: train_step(task, s, x, axis_name), state, images)
+
+
+def seeded_call(
+    task: Task, carried: tuple[jax.Array, State], images: jax.Array, axis_name: str | None = None
+) -> tuple[tuple[jax.Array, State], dict[str, jax.Array]]:
+    """`train_call` with (seed, state) for the state: one program serves runs that differ in it."""
+    seed, state = carried
+    state, metrics = train_call(dataclasses.replace(task, seed=seed), state, images, axis_name)
+    return (seed, state), metrics

@@ -21,14 +21,13 @@ import numpy as np
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import RequestError
-from ddpm_jax.data import nbytes, open_source
-from ddpm_jax.evaluation.evaluators import make_evaluators
+from ddpm_jax.data import nbytes, open_source, resident_gather
 from ddpm_jax.interruption import Watch
 from ddpm_jax.parallel import Layout
-from ddpm_jax.runs import HARMLESS, RunDirectory
-from ddpm_jax.training.job import Job, make_job, template
-from ddpm_jax.training.lane import Lane, open_lane
-from ddpm_jax.training.loop import Call, headline, run_lanes
+from ddpm_jax.runs import RunDirectory
+from ddpm_jax.training.job import Job, make_job
+from ddpm_jax.training.lane import Lane
+from ddpm_jax.training.loop import Call, evaluators_of, headline, run_lanes
 from ddpm_jax.training.metrics import NonFiniteError
 from ddpm_jax.training.state import State
 from ddpm_jax.training.step import Task, train_call, train_step
@@ -133,6 +132,10 @@ def train_together(
     the others from where these stand. Finished ones are left alone. One whose loss is not finite
     stops with its checkpoints as they were, and the others go on.
 
+    Each has the numbers it would have alone: to the bit where unrolled, to rounding under vmap.
+    There one that goes on has them but to rounding as well, where the seeds stand apart: how a
+    batched kernel rounds depends on how many go together.
+
     Args:
       config: a valid config, whose seed does not count.
       workdir: the runs' directories, with {seed} in the place of the seed.
@@ -141,7 +144,7 @@ def train_together(
     Raises:
       RequestError: seeds, data, devices or the directories do not fit the config.
       Interrupted: by SIGINT or SIGTERM, after a checkpoint of each.
-      NonFiniteError: losses or gradients of some were not finite; the others are finished.
+      NonFiniteError: losses, gradients or results of some were not finite; the others are finished.
       CheckpointError: a checkpoint could not be written, or all of a run are damaged.
     """
     directories = {seed: RunDirectory.of(workdir_of(workdir, seed)) for seed in seeds}
@@ -155,18 +158,16 @@ def train_together(
     jobs = {seed: job for seed, job in zip(seeds, _jobs(config, seeds), strict=True)}
     source = open_source(config, batch_size=config.train.batch_size)
     says = {seed: functools.partial(_say_of, say, seed) for seed in seeds}
-    every = config.train.evaluate_every
-    evaluators = {s: make_evaluators(template(jobs[s]), says[s]) if every else [] for s in seeds}
-    for seed, directory in directories.items():  # All are found to fit before one is written.
+    evaluators_of(jobs[seeds[0]], say)  # All is found to fit before a directory is written.
+    for seed, directory in directories.items():
         if directory.config.exists():
-            directory.check_same(jobs[seed].config, HARMLESS)
+            directory.check_resumable(jobs[seed].config)
     for seed, directory in directories.items():
         directory.save_config(jobs[seed].config)
     layout, first = jobs[seeds[0]].layout, jobs[seeds[0]]
     form = form or form_of(layout)
     say(headline(first, source, len(seeds)))
     say(f"writing to {', '.join(str(d.path) for d in directories.values())}")
-    resident = nbytes(source) * len(seeds) <= config.data.resident_bytes
 
     def program(group: Sequence[Lane]) -> Call:
         members = [lane.job.config.seed for lane in group]
@@ -175,14 +176,17 @@ def train_together(
 
     with contextlib.ExitStack() as stack:
         watch = stack.enter_context(Watch())
-        lanes = [
-            open_lane(
-                stack, jobs[s], source, directories[s], watch, says[s], evaluators[s], resident
-            )
+        every = (
+            Lane(stack, jobs[s], directories[s], evaluators_of(jobs[s], says[s]), watch, says[s])
             for s in seeds
-        ]
-        if going := [lane for lane in lanes if not lane.finished()]:
-            run_lanes(going, program, watch, say)
+        )
+        lanes = [lane for lane in every if not lane.finished()]
+        if lanes:
+            fits = nbytes(source) <= config.data.resident_bytes
+            gather = fits and resident_gather(source, layout.split(1))  # One for all.
+            for lane in lanes:
+                lane.begin(source, gather)
+            run_lanes(lanes, program, watch, say)
     failed = [f"seed {lane.job.config.seed}: {lane.error}" for lane in lanes if lane.error]
     if failed:
         raise NonFiniteError("; ".join(failed))
