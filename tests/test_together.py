@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
+import pathlib
 import shutil
 import signal
 
@@ -171,16 +173,6 @@ def test_each_seed_leaves_the_files_of_an_ordinary_run(alone, unrolled, seed):
 
 
 @pytest.mark.slow
-def test_calls_of_several_steps_and_microbatches(alone, tmp_path):
-    settings = {"train__steps_per_call": 5, "parallel__microbatches": 2}
-    assert main(command(tmp_path / "unrolled", SEEDS[:2], **settings)) == 0
-    vmapped(tmp_path / "vmap", SEEDS[:2], **settings)
-    for seed in SEEDS[:2]:
-        assert_close_run(tmp_path / "unrolled" / f"seed{seed}", alone / f"seed{seed}")
-        assert_close_run(tmp_path / "vmap" / f"seed{seed}", alone / f"seed{seed}")
-
-
-@pytest.mark.slow
 def test_as_alone_to_the_bit_with_the_compilers_optimisations(monkeypatch):
     """The digits' settings; half of their network, as compiling it takes all the time."""
     monkeypatch.setenv("XLA_FLAGS", "")
@@ -208,22 +200,21 @@ def optimised():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", together.FORMS)
-def test_batches_split_over_four_devices(alone, tmp_path, form):
-    code = f"import test_together as t, pathlib, sys; t.on_devices(sys.argv[1], {form!r})"
+def test_four_devices_calls_of_several_steps_and_microbatches(alone, tmp_path):
+    code = "import test_together as t, sys; t.on_four_devices(sys.argv[1])"
     process = start([str(tmp_path)], devices=4, code=code)
     assert process.wait(timeout=300) == 0, process.communicate()
-    for seed in SEEDS[:2]:
-        assert_close_run(tmp_path / f"seed{seed}", alone / f"seed{seed}")
+    for form, seed in itertools.product(together.FORMS, SEEDS[:2]):
+        assert_close_run(tmp_path / form / f"seed{seed}", alone / f"seed{seed}")
 
 
-def on_devices(parent, form):
-    """In a process of its own: two seeds in a form, on however many devices."""
-    together.form_of = lambda layout: form
-    import pathlib
-
+def on_four_devices(parent):
+    """In a process of its own: two seeds in each form."""
     assert jax.device_count() == 4
-    assert main(command(pathlib.Path(parent), SEEDS[:2])) == 0
+    settings = {"train__steps_per_call": 5, "parallel__microbatches": 2}
+    for form in together.FORMS:
+        together.form_of = lambda layout, form=form: form
+        assert main(command(pathlib.Path(parent) / form, SEEDS[:2], **settings)) == 0
 
 
 def test_one_program_serves_any_seeds():
