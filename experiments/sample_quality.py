@@ -23,6 +23,8 @@ or the paper's 50,000 in Inception's features are asked for. For results of the 
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
 import functools
 import sys
 import textwrap
@@ -59,7 +61,11 @@ def work(study: Study) -> None:
         study, e.count if of_samples else 0, max(count, 2), shorten=not paper_s, exactly=paper_s
     )
     run.config.evaluation.count = run.config.sample.count
-    evaluate(run, study.directory, study.say)
+    # The seed of the samples there may be another than the one that the bound is asked for with.
+    for measured, own in ((study.run, False), (run, True)):
+        config = copy.deepcopy(measured.config)
+        config.evaluation.metrics = [m for m in e.metrics if bool(names.parse(m)[1]) == own]
+        evaluate(dataclasses.replace(measured, config=config), study.directory, study.say)
     images, outside = Drawer(study.say)(run, study.directory, None)
     rows = quality_table.table(study, run, images, outside, source, held_out)
     title = f"{study.directory.path.name}, step {run.step}: samples and their quality"

@@ -36,7 +36,7 @@ def batch_positions(seed: int, step: int, batch_size: int, num_images: int) -> n
     )
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=8)
 def _permutation(seed: int, epoch: int, num_images: int) -> np.ndarray:
     # Sorting raw bits, which NumPy promises never to change, as it does not of `permutation`.
     bits = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(num_images)

@@ -331,8 +331,10 @@ def bits_per_dim(
       denoiser: (x_t, t) -> output, whatever it is made with; jit compiles it.
       others: as for `compile_terms` and `measure`.
     Raises:
-      ValueError: images that are not uint8 [n, h, w, c], or terms=1.
+      ValueError: images that are not uint8 [n, h, w, c], a seed outside 0..2³¹ − 1, or terms=1.
     """
+    if not 0 <= seed < 2**31:
+        raise ValueError(f"seed={seed}: it must lie in 0..2³¹ − 1")
     if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
         raise ValueError(f"images must be uint8 [n, h, w, c], not {images.dtype} {images.shape}")
     terms = checked_terms(terms, process.schedule.num_steps)

@@ -89,7 +89,10 @@ class Lane:
     def begin(self, source: Source, resident: bool | Gather) -> None:
         """Opens data and files; see `Batches`."""
         if self._first_host and self.step < self._train.steps:
-            self._directory.note_start(self.step)
+            try:
+                self._directory.note_start(self.step)
+            except OSError as error:  # What is there stays, and the training is worth more.
+                self._say(f"this start is not noted in provenance.json: {error}")
         self._writer = Writer(
             self._directory.path, self._directory.metrics, self.step, self._keeps, self._first_host
         )

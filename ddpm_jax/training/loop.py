@@ -34,7 +34,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, say: Callable[[str], 
     Raises:
       RequestError: data, devices or the directory do not fit the config.
       Interrupted: by SIGINT or SIGTERM, after a checkpoint.
-      NonFiniteError: a loss, gradient or result was not finite; checkpoints stay as they were.
+      NonFiniteError: a loss or gradient was not finite: checkpoints stay as they were; or a result.
       CheckpointError: a checkpoint could not be written, or all are damaged.
     """
     job = make_job(config)

@@ -111,6 +111,12 @@ def _outcome(
     line, stage = said[-1], command.stage
     if code == EXIT_CODE or (stopped and code < 0):  # In the second case before it could listen.
         return INTERRUPTED, line
+    # Of several runs, a run's own line is one that names it.
+    own = said if len(command.runs) > 1 else [line]
+    start = f"seed {run.seed}: " if len(command.runs) > 1 else ""
+    diverged = [x for x in own if x.startswith(start) and "not finite" in x] if code > 0 else []
+    if diverged:
+        return DIVERGED, diverged[0]
     if run.complete(stage) and (code == 0 or stage.mode == "train"):  # Beside one that failed.
         return DONE, ""
     if code == 0:
@@ -118,10 +124,7 @@ def _outcome(
         return FAILED, f"{what} of step {run.steps}"
     if code < 0:
         return FAILED, f"killed by {signal.Signals(-code).name} after: {line}"
-    if len(command.runs) > 1:  # A run's own is only what names it.
-        own = [x for x in said if x.startswith(f"seed {run.seed}: ") and "not finite" in x]
-        return (DIVERGED, own[0]) if own else (FAILED, line)
-    return (DIVERGED if "not finite" in line else FAILED), line
+    return FAILED, line
 
 
 def lines(log: epath.Path, offset: int = 0) -> list[str]:

@@ -108,7 +108,7 @@ class RunPlan:
         """Whether all that a stage leaves is there; of samples only its record tells."""
         if stage.mode == "train":
             return self.trained()
-        return stage.mode == "sample" or {*self.asked(stage)} <= {*self.results()}
+        return stage.mode == "sample" or {*self.asked(stage)} <= {*self.measured(stage)}
 
     def trained(self) -> bool:
         """Whether the checkpoint of the last step is there."""
@@ -133,10 +133,15 @@ class RunPlan:
             raise RequestError(f"cell {self.cell.name}: {error}") from error
 
     def results(self) -> dict[str, Manifest]:
-        """The newest results by name of those measured as the stages say, at the last step."""
-        asked: dict[str, Asked] = {}
+        """The results of all stages by name; of one that several measure, the last stage's."""
+        found: dict[str, Manifest] = {}
         for stage in self.stages:
-            asked |= self.asked(stage) if stage.mode == "evaluate" else {}
+            found |= self.measured(stage) if stage.mode == "evaluate" else {}
+        return found
+
+    def measured(self, stage: Stage) -> dict[str, Manifest]:
+        """The newest results by name of those measured as a stage says, at the step it means."""
+        asked, chosen = self.asked(stage), self.config(stage).evaluation.checkpoint
         found: dict[str, Manifest] = {}
         for path in RunDirectory.of(self.path).evaluation.glob("step*.json"):
             try:
@@ -145,8 +150,7 @@ class RunPlan:
                 continue
             if m.name not in asked or not _alike(m.measured, asked[m.name]):
                 continue
-            newest = config_lib.get(self.config(self.stages[-1]), "evaluation.checkpoint")
-            if newest == "newest" and m.subject["checkpoint"] != self.steps:
+            if chosen == "newest" and m.subject["checkpoint"] != self.steps:
                 continue
             if m.name not in found or found[m.name].provenance["time"] < m.provenance["time"]:
                 found[m.name] = m

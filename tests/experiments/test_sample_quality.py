@@ -11,6 +11,7 @@ from scipy import linalg
 from untrained_runs import untrained
 
 from ddpm_jax import generation, runs
+from ddpm_jax import main as program
 from ddpm_jax.data import open_source
 from ddpm_jax.evaluation import evaluators, manifest, names, reference
 from experiments import common, quality_table, sample_quality
@@ -233,6 +234,21 @@ def test_a_larger_set_of_samples_is_taken(made, tmp_path, monkeypatch):
     monkeypatch.setattr(generation, "draw", never)
     assert make(workdir, "--config.evaluation.count=100") == 0
     assert "fd_pixels_300" in table(workdir) and "fd_pixels_100" not in table(workdir)
+
+
+def test_the_bound_is_not_measured_again_for_samples_of_another_seed(made, tmp_path):
+    workdir = shutil.copytree(made, tmp_path / "run")
+    flags = ["--config.seed=1", "--config.sample.count=310", "--config.sample.batch_size=100"]
+    assert program.main([f"--workdir={workdir}", "--mode=sample", *flags]) == 0
+    assert make(workdir) == 0
+    with (workdir / "figures" / "sample_quality.csv").open() as file:
+        rows = [(row["result"], row["protocol"][-6:]) for row in csv.DictReader(file)]
+    assert [seed for name, seed in rows if name == "bits_per_dim_test"] == ["seed 0"]
+    assert make(workdir, "--config.evaluation.count=310") == 0
+    with (workdir / "figures" / "sample_quality.csv").open() as file:
+        rows = [(row["result"], row["protocol"][-6:]) for row in csv.DictReader(file)]
+    assert [seed for name, seed in rows if name == "bits_per_dim_test"] == ["seed 0"]
+    assert ("kd_pixels_310", "seed 1") in rows
 
 
 def test_another_sampler_is_measured_beside_the_first(made, tmp_path):

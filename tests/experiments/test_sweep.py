@@ -238,6 +238,20 @@ def test_only_what_is_missing_is_left(tmp_path):
     assert left() == ["train"]
 
 
+def test_a_second_evaluation_is_left_where_the_first_is_there(tmp_path):
+    stages = (
+        Stage("train"),
+        Stage("evaluate"),
+        Stage("evaluate", {"evaluation.ema": False}, "raw"),
+    )
+    run = make(tmp_path, [Cell(EPS)], stages=stages).runs[0]
+    finish(run, run.stages[0])
+    keep_results(run)
+    finish(run, run.stages[1])
+    assert [stage.name for stage in run.missing()] == ["raw"]
+    assert run.complete(run.stages[1]) and not run.complete(run.stages[2])
+
+
 def test_what_diverged_is_not_tried_again_and_what_failed_is(tmp_path):
     run = make(tmp_path, [Cell(EPS)]).runs[0]
     finish(run, run.stages[0], plan.FAILED, "no space")
