@@ -13,7 +13,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -210,6 +210,13 @@ def to_csv(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
     return text.getvalue()
+
+
+def has_paper_s_chain(config: Mapping[str, Any]) -> bool:
+    """Whether a run's T and β_t are the paper's (§4)."""
+    chain, theirs = config["diffusion"], config_lib.default_config().diffusion
+    keys = ("num_steps", "schedule", "beta_start", "beta_end")
+    return all(chain[key] == theirs[key] for key in keys)
 
 
 def style(axis: Any, x: str, y: str, title: str) -> None:

@@ -38,7 +38,7 @@ from ddpm_jax.evaluation import requests
 from ddpm_jax.evaluation.bound import Bound
 from ddpm_jax.evaluation.manifest import Measured
 from experiments import common
-from experiments.common import style
+from experiments.common import has_paper_s_chain, style
 
 ENOUGH = 100  # Images whose mean is shown as a point.
 FULL_SCALE = 127.5  # A difference of x in [−1, 1], on 0–255.
@@ -258,10 +258,9 @@ def is_the_paper_s(config: ml_collections.ConfigDict, split: str, whole: bool) -
       whole: whether it is of all images of the split.
     """
     d = config.diffusion
-    chain = d.schedule, d.num_steps, d.beta_start, d.beta_end
     return (
         (config.data.name, split, d.prediction) == ("cifar10", "test", "eps")
-        and chain == ("linear", 1000, 1e-4, 0.02)
+        and has_paper_s_chain(config)
         and requests.chain(config.evaluation.steps, d.num_steps) == "all"
         and whole
     )

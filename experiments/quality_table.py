@@ -6,19 +6,19 @@ See `sample_quality`, which writes it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ddpm_jax import generation
-from ddpm_jax.config import RequestError, default_config
+from ddpm_jax.config import RequestError
 from ddpm_jax.data import Source
 from ddpm_jax.evaluation import manifest, names, quality, reference
 from ddpm_jax.evaluation.features import make_extractor
 from ddpm_jax.evaluation.manifest import Manifest, Measured
 from ddpm_jax.runs import Run, fingerprint
-from experiments.common import Study
+from experiments.common import Study, has_paper_s_chain
 from experiments.sample_sets import Space
 
 # Table 1, by prediction and objective.
@@ -197,13 +197,6 @@ def paper_s(m: Manifest) -> str:
         alike &= p["images"] == p["of"]
     on_cifar10 = real["data"].partition(":")[0] == "cifar10"
     return PAPER.get(kind, {}).get(m.name, "") if alike and on_cifar10 else ""
-
-
-def has_paper_s_chain(config: Mapping[str, Any]) -> bool:
-    """Whether a run's T and β_t are the paper's (§4)."""
-    chain, theirs = config["diffusion"], default_config().diffusion
-    keys = ("num_steps", "schedule", "beta_start", "beta_end")
-    return all(chain[key] == theirs[key] for key in keys)
 
 
 def real_lines(
