@@ -56,6 +56,8 @@ FIELDS: dict[str, Field] = {
     "data.channels": Field(3, "1 for grey, 3 for RGB", low=1),
     "data.flip": Field(True, "mirror each training image left to right with probability 1/2"),
     "data.resident_bytes": Field(2**30, "sets up to this size live on the device", low=0),
+    "data.read_attempts": Field(3, "attempts to read an image before the run stops", low=1),
+    "data.stall_seconds": Field(300.0, "how long a batch may take to be read; 0: for ever", low=0),
     # Network.
     "model.channels": Field(128, "width at the first resolution", low=1),
     "model.channel_multipliers": Field((1, 2, 2, 2), "width of each resolution / channels", low=1),
@@ -89,7 +91,16 @@ FIELDS: dict[str, Field] = {
     "train.sample_every": Field(5000, "steps between sample grids; 0: only at the end", low=0),
     "train.evaluate_every": Field(0, "steps between evaluations; 0: none", low=0),
     "train.keep_checkpoints": Field(3, "newest checkpoints to keep", low=1),
+    "train.keep_every": Field(0, "checkpoints at multiples of this are kept too; 0: none", low=0),
     "train.keep_best": Field("", "result whose best checkpoint is kept, e.g. bits_per_dim_test"),
+    "train.nonfinite": Field(
+        "stop", "what a loss or gradient that is not finite does", choices=("stop", "skip")
+    ),
+    "train.max_skipped": Field(10, "updates that nonfinite=skip leaves out in all, at most", low=1),
+    "train.write_errors": Field(
+        "stop", "what a file that cannot be written does", choices=("stop", "continue")
+    ),
+    "train.max_restarts": Field(3, "starts in a row without progress; 0: any number", low=0),
     # Sampling.
     "sample.method": Field("ancestral", "the sampler", choices=METHODS),
     "sample.steps": Field(0, "reverse steps; 0: all T", low=0),
@@ -122,6 +133,10 @@ FIELDS: dict[str, Field] = {
     # Devices.
     "parallel.mode": Field("jit", "how a step is spread", choices=("jit", "fsdp", "pmap")),
     "parallel.microbatches": Field(1, "parts of a batch, one after another", low=1),
+    "parallel.remat": Field(False, "compute each block again going back: less memory, more time"),
+    "parallel.hang_seconds": Field(
+        1800.0, "a run that stands still this long ends itself; 0: never", low=0
+    ),
 }
 
 # Words after the colon of --config that name a choice, wherever they are unambiguous.
