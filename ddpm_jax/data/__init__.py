@@ -10,7 +10,7 @@ from ddpm_jax.data.pipeline import (
     to_uint8,
 )
 from ddpm_jax.data.records import ReadError, RecordSource
-from ddpm_jax.data.sources import ArraySource, Source, nbytes, open_source
+from ddpm_jax.data.sources import ArraySource, Source, fingerprint, nbytes, open_source
 
 __all__ = [
     "ArraySource",
@@ -20,6 +20,7 @@ __all__ = [
     "RecordSource",
     "Source",
     "batch_positions",
+    "fingerprint",
     "nbytes",
     "open_source",
     "random_flip",

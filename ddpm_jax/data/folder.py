@@ -61,6 +61,7 @@ def open_folder(data: ml_collections.ConfigDict, split: str) -> RecordSource:
         read,
         where=lambda position: str(root / files[position]),
         identity=[str(root.resolve()), *((n, s.st_size, s.st_mtime_ns) for n, s in stats)],
+        attempts=data.read_attempts,
     )
 
 

@@ -82,6 +82,7 @@ def open_lsun(data: ml_collections.ConfigDict, split: str) -> RecordSource:
         read,
         lambda position: f"record {database.key(position).decode(errors='replace')} of {path}",
         identity=[os.path.realpath(path), stat.st_size, stat.st_mtime_ns],
+        attempts=data.read_attempts,
     )
 
 

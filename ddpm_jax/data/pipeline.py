@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import functools
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +16,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ddpm_jax.config import RequestError
+from ddpm_jax.data.records import ATTEMPTS, ReadError, RecordSource, times
 from ddpm_jax.data.sources import Source
+from ddpm_jax.data.threads import Worker
 
 READ_AHEAD = 3  # Calls prepared ahead of the one asked for.
+STALL_SECONDS = 300.0  # Where the config does not say.
+CLOSING_SECONDS = 2.0  # For a read that is under way, at the end.
 Gather = Callable[[np.ndarray], jax.Array]  # See `resident_gather`.
 
 
@@ -70,7 +75,9 @@ class Batches:
 
     Resident, the whole source is on every device, and a batch is a gather from it. Otherwise each
     process reads the rows of its own devices, in a thread that keeps READ_AHEAD calls ready while
-    steps are asked for in order; any other step restarts it.
+    steps are asked for in order; any other step restarts it. A thread whose images do not come in
+    time is left to itself, and another one reads them again; none is waited for when the process
+    ends.
 
     Attributes:
       wait_seconds: how long calls have waited for data; whoever logs it sets it back to 0.
@@ -82,6 +89,8 @@ class Batches:
       steps_per_call: steps a call.
       sharding: of [steps_per_call, batch_size, h, w, c]; only axis 1 may be split.
       resident: whether the source is put on the devices; or, where it is there, the gather from it.
+      stall_seconds: how long a call waits for its images before they are read again; 0: for ever.
+      attempts: how often they are read in all, where they do not come.
 
     Raises:
       RequestError: batch_size does not divide over the devices.
@@ -95,6 +104,9 @@ class Batches:
         steps_per_call: int,
         sharding: NamedSharding,
         resident: bool | Gather,
+        *,
+        stall_seconds: float = STALL_SECONDS,
+        attempts: int = ATTEMPTS,
     ):
         self.wait_seconds = 0.0
         self._source, self._seed, self._sharding = source, seed, sharding
@@ -107,14 +119,16 @@ class Batches:
                 f"{dict(sharding.mesh.shape)}"
             ) from error
         self._gather = resident_gather(source, sharding) if resident is True else resident
-        self._reader = None if resident else concurrent.futures.ThreadPoolExecutor(1, "read-ahead")
+        self._stall_seconds, self._attempts = stall_seconds, attempts
+        self._reader = None if resident else self._new_reader()
         self._ahead: collections.deque[tuple[int, concurrent.futures.Future]] = collections.deque()
 
     def __call__(self, step: int) -> jax.Array:
         """uint8 [steps_per_call, batch, h, w, c], sharded: batches `step`, `step` + 1, ….
 
         Raises:
-          records.ReadError: names the file or record that could not be read.
+          records.ReadError: names the file or record that could not be read, or the source whose
+            images did not come.
         """
         start = time.perf_counter()
         try:
@@ -132,13 +146,45 @@ class Batches:
     def _taken(self, step: int) -> jax.Array:
         """The call's batches from those read ahead, after asking for the next ones."""
         if self._ahead and self._ahead[0][0] != step:
-            for _, future in self._ahead:
-                future.cancel()
-            self._ahead.clear()
-        while len(self._ahead) <= READ_AHEAD:
-            following = self._ahead[-1][0] + self._shape[0] if self._ahead else step
-            self._ahead.append((following, self._reader.submit(self._read, following)))
-        return self._ahead.popleft()[1].result()
+            self._forget()
+        for attempt in range(1, self._attempts + 1):
+            while len(self._ahead) <= READ_AHEAD:
+                following = self._ahead[-1][0] + self._shape[0] if self._ahead else step
+                self._ahead.append((following, self._reader.submit(following)))
+            # Not the result's own time limit, whose error could be one of reading.
+            concurrent.futures.wait([self._ahead[0][1]], self._stall_seconds or None)
+            if self._ahead[0][1].done():
+                return self._ahead.popleft()[1].result()
+            problem = self._stalled(step)
+            self._forget()
+            self._reader.leave()
+            self._reader = self._new_reader()
+            if attempt < self._attempts:
+                logging.getLogger(__name__).warning(
+                    "%s; reading them again, attempt %d of %d", problem, attempt + 1, self._attempts
+                )
+        raise ReadError(
+            f"{problem}, asked {times(self._attempts)}; mend the storage, or allow more time with "
+            "--config.data.stall_seconds"
+        )
+
+    def _stalled(self, step: int) -> str:
+        """What did not come, and where its reading hangs, if that is known."""
+        where = None
+        if isinstance(self._source, RecordSource):
+            where = self._source.slowest(since=self._reader.began)
+        return (
+            f"the images of step {step} have not come for {self._stall_seconds:g} s "
+            f"({self._source.name} {self._source.split}{f', reading {where}' if where else ''})"
+        )
+
+    def _forget(self) -> None:
+        for _, future in self._ahead:
+            future.cancel()
+        self._ahead.clear()
+
+    def _new_reader(self) -> Worker:
+        return Worker(self._read, "read-ahead")
 
     def _read(self, step: int) -> jax.Array:
         rows = np.arange(self._shape[1])
@@ -156,9 +202,9 @@ class Batches:
         return jax.make_array_from_callback(self._shape, self._sharding, shard)
 
     def close(self) -> None:
-        """Stops reading ahead; the batches given out stay valid."""
+        """Stops reading ahead, and does not wait for a read that hangs; batches stay valid."""
         if self._reader:
-            self._reader.shutdown(cancel_futures=True)
+            self._reader.leave(CLOSING_SECONDS)
 
     def __enter__(self) -> Batches:
         return self

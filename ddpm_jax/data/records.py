@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import hashlib
 import logging
 import os
 import pathlib
 import re
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -18,13 +18,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from ddpm_jax.config import RequestError
+from ddpm_jax.data.threads import run_all
 
 CHUNK = 1024  # Images decoded between two writes.
 MAX_THREADS = 32
+ATTEMPTS = 3  # To read an image, where the config does not say.
+PAUSE = 0.1  # Seconds after the first attempt; twice as long after the second, and so on.
 
 
 class ReadError(RuntimeError):
-    """An image could not be read; the message names its file or record."""
+    """Images could not be read; the message names the file or record."""
 
 
 class RecordSource:
@@ -38,6 +41,8 @@ class RecordSource:
       where: position -> the file or record, for messages.
       identity: what the decoded images depend on, besides the fields above, with a plain `repr`.
       labelled: whether there are labels.
+      attempts: how often `read` is tried before an image counts as unreadable.
+      pause: waits for so many seconds between two attempts.
 
     `images` and `labels` raise ReadError.
     """
@@ -52,14 +57,18 @@ class RecordSource:
         where: Callable[[int], str],
         identity: Iterable[Any],
         labelled: bool = False,
+        attempts: int = ATTEMPTS,
+        pause: Callable[[float], None] = time.sleep,
     ):
         self.name, self.split, self.image_shape, self.labelled = name, split, image_shape, labelled
         self._count, self._read, self._where = count, read, where
+        self._attempts, self._pause = attempts, pause
+        # (when it began, position), the earliest in front.
+        self._under_way: dict[object, tuple[float, int]] = {}
         fields = [("image", np.uint8, image_shape)] + [("label", np.int64)] * labelled
         self.dtype = np.dtype(fields)
         self.key = hashlib.sha256(repr([fields, count, *identity]).encode()).hexdigest()[:16]
         self._threads = min(MAX_THREADS, os.cpu_count() or 1)
-        self._pool = concurrent.futures.ThreadPoolExecutor(self._threads, "decode")
 
     def __len__(self) -> int:
         return self._count
@@ -82,8 +91,15 @@ class RecordSource:
             for index in indices:
                 table[index] = self._record(int(positions[index]))
 
-        list(self._pool.map(fill, np.array_split(np.arange(len(positions)), self._threads)))
+        threads = max(1, min(self._threads, len(positions)))
+        run_all(fill, np.array_split(np.arange(len(positions)), threads), "decode")
         return table
+
+    def slowest(self, since: float) -> str | None:
+        """The file or record that is read for the longest, of those begun since time.monotonic()."""
+        begun = (place for when, place in [*self._under_way.values()] if when >= since)
+        position = next(begun, None)
+        return None if position is None else self._where(position)
 
     def chunks(self) -> Iterator[np.ndarray]:
         """All of it, in order, in tables of CHUNK images, with a progress bar on a terminal."""
@@ -95,11 +111,28 @@ class RecordSource:
                 bar.update(len(table))
 
     def _record(self, position: int) -> tuple[Any, ...]:
-        try:
-            return self._read(position)
-        except Exception as error:  # Decoders raise errors of every kind.
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ReadError(f"{self._where(position)} cannot be read ({reason})") from error
+        for attempt in range(1, self._attempts + 1):
+            reading = object()
+            self._under_way[reading] = time.monotonic(), position
+            try:
+                return self._read(position)
+            except Exception as error:  # Decoders raise errors of every kind.
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                problem = f"{self._where(position)} cannot be read ({reason})"
+                if attempt == self._attempts:
+                    raise ReadError(f"{problem}, tried {times(attempt)}") from error
+            finally:
+                del self._under_way[reading]
+            logging.getLogger(__name__).warning(
+                "%s; reading it again, attempt %d of %d", problem, attempt + 1, self._attempts
+            )
+            self._pause(PAUSE * attempt)
+        raise ValueError(f"attempts={self._attempts}: at least 1")
+
+
+def times(count: int) -> str:
+    """In words: once, 2 times, …"""
+    return "once" if count == 1 else f"{count} times"
 
 
 def decode_once(

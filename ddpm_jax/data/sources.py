@@ -10,6 +10,7 @@ C. Kaynak, UCI Machine Learning Repository, https://doi.org/10.24432/C50P49, lic
 
 from __future__ import annotations
 
+import hashlib
 import math
 import pathlib
 from importlib import resources
@@ -58,6 +59,24 @@ class ArraySource:
 
     def labels(self, positions: np.ndarray) -> np.ndarray | None:
         return None if self._labels is None else self._labels[positions]
+
+
+PROBES = 64  # Images that a fingerprint is taken of.
+
+
+def fingerprint(source: Source) -> str:
+    """Sixteen hexadecimal digits of what is trained on, whatever it is called and wherever it is.
+
+    Of the number of images, their shape, and the bytes of PROBES of them or of all, spread evenly
+    from the first to the last: enough to tell other data, another order or another preparation.
+    """
+    count = len(source)
+    probes = min(PROBES, count)
+    digest = hashlib.sha256(repr((count, *map(int, source.image_shape))).encode())
+    if probes:
+        positions = np.arange(probes) * (count - 1) // max(probes - 1, 1)
+        digest.update(np.ascontiguousarray(source.images(positions)))
+    return digest.hexdigest()[:16]
 
 
 def nbytes(source: Source) -> int:

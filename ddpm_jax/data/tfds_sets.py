@@ -81,6 +81,7 @@ def open_tfds(data: ml_collections.ConfigDict, split: str) -> RecordSource:
         where,
         identity=[builder.info.full_name, *map(_identity, parts)],
         labelled="label" in features,
+        attempts=data.read_attempts,
     )
 
 
