@@ -24,5 +24,6 @@ def get_config(variants: str = "") -> ml_collections.ConfigDict:
     config.model.update(channel_multipliers=(1, 1, 2, 2, 4, 4), dropout=0.0)
     config.diffusion.update(variance="fixed_small")
     config.train.update(steps=500_000, batch_size=64, learning_rate=2e-5)
+    config.parallel.remat = True
     config.evaluation.update(metrics=("bits_per_dim", "fid"), split=("train",))
     return apply_variants(config, variants, NAMED)

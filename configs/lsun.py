@@ -39,6 +39,7 @@ def get_config(variants: str = "") -> ml_collections.ConfigDict:
     config.model.update(channel_multipliers=(1, 1, 2, 2, 4, 4), dropout=0.0)
     config.diffusion.update(variance="fixed_small")
     config.train.update(batch_size=64, learning_rate=2e-5)
+    config.parallel.remat = True
     # StyleGAN2's code, with which the paper's numbers were made, takes 50,000 real images.
     config.evaluation.update(metrics=("fid",), split=("val",), reference_count=50_000)
     if not NAMED.keys() & set(variants.split(",")):

@@ -8,7 +8,8 @@ same to rounding.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -54,46 +55,80 @@ class Layout:
         return jax.tree.map(leaf, abstract)
 
 
-def make_layout(mode: str) -> Layout:
-    """The layout over all devices.
-
-    Raises:
-      ValueError: pmap over several hosts, which jit does better.
-    """
-    if mode == "pmap" and jax.process_count() > 1:
-        raise ValueError("parallel.mode=pmap runs on one host; use jit or fsdp on several")
-    return Layout(mode, Mesh(np.asarray(jax.devices()), (AXIS,), axis_types=(AxisType.Auto,)))
+def make_layout(mode: str, devices: Sequence[jax.Device] | None = None) -> Layout:
+    """The layout over these devices, or else over those of all hosts, one host after another."""
+    if devices is None:
+        devices = sorted(jax.devices(), key=lambda device: device.process_index)
+    return Layout(mode, Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,)))
 
 
 def compile_call(
     layout: Layout, call: Callable[..., tuple[Any, Any]], state_sharding: Any
-) -> Callable[[Any, jax.Array], tuple[Any, Any]]:
+) -> jax.stages.Wrapped:
     """`call(state, images, axis_name=…) -> (state, metrics)`, compiled over the devices.
 
     The result takes the state in `state_sharding` (donated) and images [steps, batch, ...] in
-    `layout.split(1)`, and returns the new state and replicated metrics.
+    `layout.split(1)`, and returns the new state and replicated metrics. Its `lower` takes the
+    shapes of both.
     """
-    if layout.mode != "pmap":
-        return jax.jit(
-            call,
-            in_shardings=(state_sharding, layout.split(1)),
-            out_shardings=(state_sharding, layout.replicated),
-            donate_argnums=0,
-        )
-    per_device = jax.pmap(
-        lambda state, images: call(state, images, axis_name=AXIS),
-        axis_name=AXIS,
-        in_axes=(None, 1),
-        out_axes=None,
-        devices=list(layout.mesh.devices.flat),
+    if layout.mode == "pmap":
+        return _Mapped(layout, call)
+    return jax.jit(
+        call,
+        in_shardings=(state_sharding, layout.split(1)),
+        out_shardings=(state_sharding, layout.replicated),
+        donate_argnums=0,
     )
 
-    def mapped(state: Any, images: jax.Array) -> tuple[Any, Any]:
-        steps, batch, *image = images.shape
-        parts = images.reshape(steps, layout.num_devices, batch // layout.num_devices, *image)
-        return jax.device_put(per_device(state, parts), (state_sharding, layout.replicated))
 
-    return mapped
+class _Mapped:
+    """`compile_call` by pmap, to which each host passes what its own devices hold.
+
+    Between the arrays of all hosts that the rest of the code sees and those of one host nothing is
+    copied: they are the same buffers under other names.
+    """
+
+    def __init__(self, layout: Layout, call: Callable[..., tuple[Any, Any]]):
+        self._layout = layout
+        self._local = dataclasses.replace(layout, mesh=layout.mesh.local_mesh)
+        # images [steps, batch, ...] to [steps, devices, batch / devices, ...], where they lie.
+        self._parts = jax.jit(self._dealt, out_shardings=layout.split(1))
+        self._call = jax.pmap(
+            functools.partial(call, axis_name=AXIS),
+            axis_name=AXIS,
+            in_axes=(None, 1),
+            out_axes=None,
+            devices=list(layout.mesh.devices.flat),
+            donate_argnums=0,
+        )
+
+    def _dealt(self, images: jax.Array) -> jax.Array:
+        steps, batch, *image = images.shape
+        n = self._layout.num_devices
+        return images.reshape(steps, n, batch // n, *image)
+
+    def __call__(self, state: Any, images: jax.Array) -> tuple[Any, Any]:
+        one, all_ = self._local, self._layout
+        if one.mesh == all_.mesh:
+            return self._call(state, self._parts(images))
+        parts = _renamed(self._parts(images), one.split(1))
+        local = jax.tree.map(lambda x: _renamed(x, one.replicated), state)
+        return jax.tree.map(lambda x: _renamed(x, all_.replicated), self._call(local, parts))
+
+    def lower(self, state: Any, images: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
+        return self._call.lower(state, jax.eval_shape(self._dealt, images))
+
+
+def _renamed(x: Any, sharding: NamedSharding) -> Any:
+    """An array of the same buffers on this host's devices; what is no array stays as it is."""
+    if not isinstance(x, jax.Array):
+        return x
+    buffers = [shard.data for shard in x.addressable_shards]
+    shape = list(x.shape)
+    for axis, name in enumerate(sharding.spec):
+        if name:
+            shape[axis] = sharding.mesh.size * buffers[0].shape[axis]
+    return jax.make_array_from_single_device_arrays(tuple(shape), sharding, buffers)
 
 
 def from_host(x: np.ndarray, sharding: NamedSharding) -> jax.Array:

@@ -198,3 +198,37 @@ def test_bfloat16_computes_coarsely_but_returns_float32():
 def test_images_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match=r"divide by 8, not 12×12"):
         shapes(UNet(), 12)
+
+
+def test_rematerialisation_changes_memory_alone():
+    """Names, outputs and dropout's masks are the same, gradients to rounding; less is kept."""
+    plain, again = (
+        UNet(8, (1,), 1, (), dropout=0.3, norm_groups=4, remat=remat) for remat in (False, True)
+    )
+    assert shapes(again, 8) == shapes(plain, 8)
+    params = randomised(shapes(plain, 8))
+    x = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+    inputs = params, x, jnp.array([1, 40, 500, 1000])
+    masks, others = (jax.random.split(jax.random.key(i), 4) for i in range(2))
+
+    def compiled(model):
+        def loss(params, *inputs):
+            out = model.apply({"params": params}, *inputs)
+            return (out**2).mean(), out
+
+        # Ordered by memory, as accelerators' compilers do; those for CPUs look at speed alone.
+        order = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+        return jax.jit(jax.grad(loss, has_aux=True)).lower(*inputs, masks).compile(order)
+
+    def temporary(program):
+        return program.memory_analysis().temp_size_in_bytes
+
+    usual, frugal = compiled(plain), compiled(again)
+    assert temporary(frugal) < 0.75 * temporary(usual)
+    (grads, out), (grads_again, out_again) = (f(*inputs, masks) for f in (usual, frugal))
+    np.testing.assert_allclose(out_again, out, rtol=1e-5, atol=1e-5 * np.abs(out).max())
+    other = usual(*inputs, others)[1]
+    assert np.abs(other - out).max() > 0.05 * np.abs(out).max()  # Dropout counts.
+    largest = max(np.abs(g).max() for g in jax.tree.leaves(grads))
+    for g, g_again in zip(jax.tree.leaves(grads), jax.tree.leaves(grads_again), strict=True):
+        np.testing.assert_allclose(g_again, g, rtol=1e-4, atol=1e-6 * largest)

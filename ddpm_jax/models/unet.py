@@ -69,6 +69,8 @@ class UNet(nn.Module):
       out_channels: those of the output: the images', or twice as many with learned variance.
       norm_groups: groups of each normalisation, fewer where they do not divide the width.
       dtype: of the computation; parameters are float32.
+      remat: keep only the inputs of residual blocks and attention for the way back, and compute
+        each of them again there. Parameters, outputs and dropout's masks are the same.
     """
 
     channels: int = 128
@@ -79,6 +81,7 @@ class UNet(nn.Module):
     out_channels: int = 3
     norm_groups: int = 32
     dtype: jnp.dtype = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -103,6 +106,8 @@ class UNet(nn.Module):
                 f"not {x_t.shape[1]}×{x_t.shape[2]}"
             )
         common = {"norm_groups": self.norm_groups, "dtype": self.dtype}
+        wrap = nn.remat if self.remat else lambda module: module
+        residual_block, attention = wrap(ResidualBlock), wrap(Attention)
         blocks = 0
 
         def block(h: jax.Array, features: int, name: str) -> jax.Array:
@@ -111,12 +116,12 @@ class UNet(nn.Module):
             keys = dropout_keys
             if keys is not None:
                 keys = jax.vmap(jax.random.fold_in, (0, None))(keys, blocks)
-            return ResidualBlock(features, self.dropout, **common, name=name)(h, temb, keys)
+            return residual_block(features, self.dropout, **common, name=name)(h, temb, keys)
 
         def block_and_attention(h: jax.Array, level: int, i: int, name: str) -> jax.Array:
             h = block(h, self.channels * self.channel_multipliers[level], f"{name}_block_{i}")
             if h.shape[1] in self.attention_resolutions:
-                h = Attention(**common, name=f"{name}_attention_{i}")(h)
+                h = attention(**common, name=f"{name}_attention_{i}")(h)
             return h
 
         # The only place that counts time from 0.
@@ -135,7 +140,7 @@ class UNet(nn.Module):
                 skips.append(h)
 
         h = block(h, h.shape[-1], "middle_block_0")
-        h = Attention(**common, name="middle_attention")(h)
+        h = attention(**common, name="middle_attention")(h)
         h = block(h, h.shape[-1], "middle_block_1")
 
         for level in reversed(range(levels)):

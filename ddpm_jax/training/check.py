@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from ddpm_jax.data import open_source
 from ddpm_jax.parallel import compile_call
 from ddpm_jax.runs import image_shape
 from ddpm_jax.schedules import Schedule
-from ddpm_jax.training.loop import Job, make_job
+from ddpm_jax.training.job import Job, make_job
 from ddpm_jax.training.step import train_call, train_step
 
 
@@ -61,20 +62,66 @@ def step_flops(job: Job) -> float:
     return cost["flops"]
 
 
-def _cost_lines(job: Job) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What training holds on each device while it makes a step, in bytes.
+
+    Attributes:
+      params, ema_params, optimizer: the parts of the state, as they lie.
+      images: the batches of a call.
+      temporary: all else that the compiled program takes: activations, gradients, under fsdp the
+        parameters gathered, and so on.
+      reused: what the program overwrites with its results: the whole state.
+    """
+
+    params: int
+    ema_params: int
+    optimizer: int
+    images: int
+    temporary: int
+    reused: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.params + self.ema_params + self.optimizer + self.images + self.temporary
+
+
+def batch_shape(job: Job) -> jax.ShapeDtypeStruct:
+    """The batches of a call, uint8 [steps, batch, height, width, channels], as they lie."""
     config = job.config
-    batch = (config.train.steps_per_call, config.train.batch_size, *image_shape(config))
-    images = jax.ShapeDtypeStruct(batch, jnp.uint8, sharding=job.layout.split(1))
-    lines = [f"batch: uint8 {list(batch)}, split over {job.layout.num_devices} devices"]
-    state_bytes = sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(job.abstract)
+    shape = (config.train.steps_per_call, config.train.batch_size, *image_shape(config))
+    return jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=job.layout.split(1))
+
+
+def memory(job: Job, thrifty: bool = False) -> Memory:
+    """The memory of a device, from the program of a call, which is compiled for it.
+
+    Args:
+      thrifty: order the operations of a program for CPUs by the memory they take, as compilers for
+        accelerators do; CPUs' own order them for speed, and rematerialisation then saves nothing.
+    """
+    images = batch_shape(job)
+    call = compile_call(job.layout, functools.partial(train_call, job.task), job.sharding)
+    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if thrifty else {}
+    needs = call.lower(job.abstract, images).compile(options).memory_analysis()
+    state = job.abstract
+    parts = (state.params, state.ema_params, state.opt_state, images)
+    return Memory(*map(_bytes_a_device, parts), needs.temp_size_in_bytes, needs.alias_size_in_bytes)
+
+
+def _bytes_a_device(tree: Any) -> int:
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
-    lines.append(f"state: {state_bytes / 2**20:,.1f} MiB a device")
-    lines.append(f"step: {step_flops(job) / 1e9:,.2f} GFLOP, on all devices together")
-    if job.layout.mode != "pmap":  # Its program cannot be compiled without running it.
-        call = compile_call(job.layout, functools.partial(train_call, job.task), job.sharding)
-        memory = call.lower(job.abstract, images).compile().memory_analysis()
-        temporary = memory.temp_size_in_bytes / 2**20
-        lines.append(f"step: {temporary:,.1f} MiB of temporary memory a device")
-    return lines
+
+
+def _cost_lines(job: Job) -> list[str]:
+    batch = list(batch_shape(job).shape)
+    needs = memory(job)
+    return [
+        f"batch: uint8 {batch}, split over {job.layout.num_devices} devices",
+        f"state: {_bytes_a_device(job.abstract) / 2**20:,.1f} MiB a device",
+        f"step: {step_flops(job) / 1e9:,.2f} GFLOP, on all devices together",
+        f"step: {needs.temporary / 2**20:,.1f} MiB of temporary memory a device",
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import ml_collections
@@ -31,16 +31,13 @@ class Job:
         return jax.tree.map(lambda x: x.sharding, self.abstract)
 
 
-def make_job(config: ml_collections.ConfigDict) -> Job:
-    """The job of a valid config on the devices there are; nothing is compiled.
+def make_job(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> Job:
+    """The job of a valid config on these devices, or else on all there are; nothing is compiled.
 
     Raises:
-      RequestError: the batch does not divide over the devices, or the mode does not fit them.
+      RequestError: the batch does not divide over the devices.
     """
-    try:
-        layout = make_layout(config.parallel.mode)
-    except ValueError as error:
-        raise config_lib.RequestError(str(error)) from None
+    layout = make_layout(config.parallel.mode, devices)
     try:
         names.check_keep_best(config)
     except ValueError as error:
