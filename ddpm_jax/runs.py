@@ -247,6 +247,7 @@ def make_model(config: ml_collections.ConfigDict) -> UNet:
         out_channels=config.data.channels * (2 if learned else 1),
         norm_groups=m.norm_groups,
         dtype=jax.numpy.dtype(m.dtype),
+        remat=config.parallel.remat,
     )
 
 

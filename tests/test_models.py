@@ -203,7 +203,7 @@ def test_images_that_do_not_divide_are_refused():
 def test_rematerialisation_changes_memory_alone():
     """Names, outputs and dropout's masks are the same, gradients to rounding; less is kept."""
     plain, again = (
-        UNet(8, (1,), 1, (), dropout=0.3, norm_groups=4, remat=remat) for remat in (False, True)
+        UNet(8, (1,), 1, (8,), dropout=0.3, norm_groups=4, remat=remat) for remat in (False, True)
     )
     assert shapes(again, 8) == shapes(plain, 8)
     params = randomised(shapes(plain, 8))
