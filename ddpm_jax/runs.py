@@ -81,15 +81,22 @@ class RunDirectory:
         """The run directory at a path, which need not exist.
 
         Raises:
-          RequestError: a gs:// path without the package that reads it, or the path of a file.
+          RequestError: a gs:// path without the package that reads it, or of a bucket that does not
+            answer within 30 seconds; or the path of a file.
         """
+        directory = cls(epath.Path(path).expanduser())
         try:
-            directory = cls(epath.Path(path).expanduser())
-            is_file = directory.path.exists() and not directory.path.is_dir()
+            is_file = files.answer(
+                path, lambda: directory.path.exists() and not directory.path.is_dir()
+            )
         except ImportError:
             raise config_lib.RequestError(
-                f"{path}: gs:// paths need gcsfs; pip install gcsfs"
+                f"{path}: gs:// paths need gcsfs: pip install 'ddpm_jax[gcs]'"
             ) from None
+        except OSError as error:
+            raise config_lib.RequestError(
+                f"{path} cannot be reached: {error.strerror or error}"
+            ) from error
         if is_file:
             raise config_lib.RequestError(f"{path} is a file, not a directory")
         return directory
@@ -146,7 +153,7 @@ class RunDirectory:
                 "or name the directory of a run"
             )
         try:
-            return config_lib.from_json(self.config.read_text())
+            return config_lib.from_json(files.read_text(self.config))
         except (ValueError, AttributeError) as error:
             reason = str(error).splitlines()[0]
             raise config_lib.RequestError(f"{self.config} is not a config: {reason}") from error
@@ -175,7 +182,7 @@ class RunDirectory:
           RequestError: the file is damaged.
         """
         try:
-            starts = json.loads(self.provenance.read_text())
+            starts = json.loads(files.read_text(self.provenance))
         except FileNotFoundError:
             return []
         except ValueError:

@@ -49,7 +49,7 @@ def test_notes_that_cannot_be_read_now_are_not_overwritten(tmp_path, monkeypatch
         raise OSError(f"{path} cannot be read now")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(directory.provenance), "read_text", busy)
+        patch.setattr(type(directory.provenance), "read_bytes", busy)
         with pytest.raises(OSError, match="now"):
             directory.note_start(10)
     assert directory.provenance.read_bytes() == before
