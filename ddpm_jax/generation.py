@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from ddpm_jax import figures, files, keys, sampling
+from ddpm_jax import bounded, figures, files, keys, sampling
 from ddpm_jax.config import RequestError
 from ddpm_jax.data import to_uint8
 from ddpm_jax.diffusion import Process
@@ -211,12 +211,19 @@ def load_images(path: epath.PathLike) -> tuple[np.ndarray, dict[str, Any]]:
       RequestError: it cannot be read whole.
     """
     arrays = _load(path)
-    return arrays["images"], json.loads(str(arrays["protocol"]))
+    return arrays["images"], _protocol(path, arrays)
 
 
 def load_outside(path: epath.PathLike) -> np.ndarray:
     """The share of each image's values that clipping changed, see `Drawn`: float32 [count]."""
     return _load(path, "outside")["outside"]
+
+
+def _protocol(path: epath.PathLike, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    try:
+        return dict(bounded.parse_json(str(arrays["protocol"])))
+    except (TypeError, ValueError):
+        raise RequestError(f"{path} is damaged; move it away to draw the samples again") from None
 
 
 def _load(path: epath.PathLike, *names: str) -> dict[str, np.ndarray]:
@@ -227,7 +234,7 @@ def _load(path: epath.PathLike, *names: str) -> dict[str, np.ndarray]:
 
 
 def _check_drawn_alike(path: epath.Path, protocol: dict[str, Any]) -> None:
-    before = json.loads(str(_load(path, "protocol")["protocol"]))
+    before = _protocol(path, _load(path, "protocol"))
     for key, value in protocol.items():
         if before.get(key) != value:
             raise RequestError(

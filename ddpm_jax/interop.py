@@ -14,8 +14,9 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
+from ddpm_jax import bounded
 from ddpm_jax.models import UNet
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
@@ -113,14 +114,14 @@ def load_diffusers(directory: str | pathlib.Path) -> tuple[UNet, dict[str, Any]]
 
     Raises:
       FileNotFoundError: the directory lacks one of them.
-      ValueError: see `from_diffusers`.
+      ValueError: one of them is damaged or too large; or see `from_diffusers`.
     """
     directory = pathlib.Path(directory)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory} has no {name}")
-    config = json.loads((directory / CONFIG_FILE).read_text())
-    return from_diffusers(config, load_file(directory / WEIGHTS_FILE))
+    config = bounded.read_json(directory / CONFIG_FILE)
+    return from_diffusers(config, bounded.read_tensors(directory / WEIGHTS_FILE)[0])
 
 
 def save_diffusers(
@@ -133,7 +134,7 @@ def save_diffusers(
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     config = json.dumps(diffusers_config(model, image_shape), indent=2)
-    (directory / CONFIG_FILE).write_text(config + "\n")
+    (directory / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
     save_file(to_diffusers(model, params), directory / WEIGHTS_FILE)
 
 

@@ -7,8 +7,6 @@ import json
 import logging
 import re
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,25 +14,13 @@ import jax
 import numpy as np
 from etils import epath
 
-from ddpm_jax import files
+from ddpm_jax import bounded, files
 from ddpm_jax.config import RequestError
 from ddpm_jax.interruption import Interrupted, Watch
 from ddpm_jax.parallel import wait_for_all
 from ddpm_jax.progress import Progress, duration
 
 LONG_SECONDS = 90  # What takes longer is announced.
-
-# What reading a damaged .npz raises, as it happens.
-DAMAGED = (
-    OSError,
-    ValueError,
-    KeyError,
-    EOFError,
-    TypeError,
-    NotImplementedError,
-    zlib.error,
-    zipfile.BadZipFile,
-)
 
 Arrays = dict[str, np.ndarray]
 
@@ -118,9 +104,8 @@ def missing(there: dict[int, int], count: int, batch: int) -> list[tuple[int, in
 def read(path: epath.Path, names: Sequence[str] = ()) -> Arrays | None:
     """The arrays of an .npz file, or those named; None, with a warning, where it is damaged."""
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
-            return {name: saved[name] for name in names or saved.files}
-    except DAMAGED as error:
+        return bounded.read_arrays(path, names)
+    except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         logging.getLogger(__name__).warning("%s cannot be read: %s", path, reason)
         return None
@@ -143,8 +128,8 @@ def _kept(directory: epath.Path) -> dict[int, tuple[int, Arrays]]:
 def _check_protocol(directory: epath.Path, protocol: dict[str, Any]) -> None:
     file = directory / "protocol.json"
     try:
-        before = json.loads(file.read_text()) if file.exists() else protocol
-    except ValueError:
+        before = dict(bounded.read_json(file)) if file.exists() else protocol
+    except (TypeError, ValueError):
         before = {}
     now = json.loads(json.dumps(protocol))
     for key in sorted({*before, *now}):

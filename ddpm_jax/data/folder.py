@@ -7,8 +7,9 @@ import pathlib
 
 import ml_collections
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
+from ddpm_jax.bounded import open_image
 from ddpm_jax.config import RequestError
 from ddpm_jax.data.records import RecordSource, check_channels, pixels
 
@@ -49,7 +50,7 @@ def open_folder(data: ml_collections.ConfigDict, split: str) -> RecordSource:
     shape = (data.image_size, data.image_size, data.channels)
 
     def read(position: int) -> tuple[np.ndarray]:
-        with Image.open(root / files[position]) as image:
+        with open_image(root / files[position]) as image:
             return (pixels(ImageOps.exif_transpose(image), *shape[1:]),)
 
     stats = [(name, os.stat(root / name)) for name in files]

@@ -16,9 +16,10 @@ from typing import Any
 
 import ml_collections
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from tqdm import tqdm
 
+from ddpm_jax.bounded import open_image
 from ddpm_jax.config import RequestError
 from ddpm_jax.data.records import RecordSource, check_channels, load_table, pixels, save_table
 
@@ -71,7 +72,7 @@ def open_lsun(data: ml_collections.ConfigDict, split: str) -> RecordSource:
     def read(position: int) -> tuple[np.ndarray]:
         with database.environment.begin() as transaction:
             file = io.BytesIO(transaction.get(database.key(position)))
-        with Image.open(file) as image:
+        with open_image(file) as image:
             return (pixels(ImageOps.exif_transpose(image), *shape[1:]),)
 
     return RecordSource(

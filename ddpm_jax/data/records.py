@@ -96,7 +96,7 @@ class RecordSource:
         return table
 
     def slowest(self, since: float) -> str | None:
-        """The file or record that is read for the longest, of those begun since time.monotonic()."""
+        """The file or record under way for the longest, of those begun since time.monotonic()."""
         begun = (place for when, place in [*self._under_way.values()] if when >= since)
         position = next(begun, None)
         return None if position is None else self._where(position)

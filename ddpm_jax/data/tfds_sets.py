@@ -16,8 +16,9 @@ from typing import Any
 
 import ml_collections
 import numpy as np
-from PIL import Image
+from etils import epath
 
+from ddpm_jax.bounded import open_image, read_json
 from ddpm_jax.config import RequestError
 from ddpm_jax.data.records import RecordSource, pixels
 
@@ -61,7 +62,7 @@ def open_tfds(data: ml_collections.ConfigDict, split: str) -> RecordSource:
 
     def read(position: int) -> tuple[Any, ...]:
         example = parser.deserialize_example_np(records[position], decoders=undecoded)
-        with Image.open(io.BytesIO(example[key])) as image:
+        with open_image(io.BytesIO(example[key])) as image:
             image_and_label = pixels(image, *shape[1:]), example.get("label")
         return image_and_label[: len(features)]
 
@@ -93,6 +94,7 @@ def _prepared_builder(name: str, data_dir: str) -> Any:
     try:
         if re.match(r"\w+:\D", name):  # A community's set: it would be asked of the internet.
             raise tfds.core.DatasetNotFoundError(name)
+        _check_features(base.partition(":")[0], data_dir)
         builder = tfds.builder(name, data_dir=data_dir or None)
     except tfds.core.DatasetNotFoundError:
         near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.0)
@@ -100,6 +102,8 @@ def _prepared_builder(name: str, data_dir: str) -> Any:
             f"config.data.name={name}: no such set; choose digits, folder, lsun_lmdb or a set of "
             f"TFDS, whose nearest names are {', '.join(near)}"
         ) from None
+    except RequestError:
+        raise
     except Exception as error:  # Each builder refuses versions and variants in its own way.
         variants = tfds.builder_cls(base).builder_configs if base in known else {}
         near = difflib.get_close_matches(variant, variants, n=3, cutoff=0.0)
@@ -108,6 +112,40 @@ def _prepared_builder(name: str, data_dir: str) -> Any:
         raise RequestError(f"config.data.name={name}: {reason}{hint}") from error
     _check_prepared(name, data_dir, builder)
     return builder
+
+
+def _check_features(base: str, data_dir: str) -> None:
+    """Refuses a set whose description names classes that TFDS would import from elsewhere."""
+    import tensorflow_datasets as tfds
+
+    root = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / base
+    for pattern in ("*/features.json", "*/*/features.json"):  # Below a version, or variant's one.
+        for file in root.glob(pattern):
+            try:
+                classes = [*_feature_classes(read_json(file))]
+            except ValueError as error:
+                raise RequestError(
+                    f"config.data.data_dir: {file} is damaged ({textwrap.shorten(str(error), 200)})"
+                    f"; remove {file.parent} and prepare the set again"
+                ) from error
+            for name in classes:
+                if not name.startswith("tensorflow_datasets."):
+                    raise RequestError(
+                        f"config.data.data_dir: {file} asks to run {name}, which is none of TFDS's "
+                        "features; get the set from elsewhere"
+                    )
+
+
+def _feature_classes(description: Any) -> Iterator[str]:
+    """The names of the classes in a features.json, in its present and in its older form."""
+    if isinstance(description, dict):
+        for key in ("pythonClassName", "python_class_name", "type"):
+            if isinstance(name := description.get(key), str):
+                yield name
+        description = list(description.values())
+    if isinstance(description, list):
+        for part in description:
+            yield from _feature_classes(part)
 
 
 def _check_prepared(name: str, data_dir: str, builder: Any) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from etils import epath
 from jax import lax
 
+from ddpm_jax import bounded
 from ddpm_jax.config import RequestError
 from ddpm_jax.evaluation.inception import BATCH_NORM, ConvNorm, batch_norm
 from ddpm_jax.evaluation.weights import LoadedWeights, read_torch
@@ -136,7 +137,7 @@ def load_efficientnet() -> LoadedWeights:
     """
     try:
         path = epath.Path(importlib.metadata.distribution(PACKAGE).locate_file(FILE))
-        data = path.read_bytes()
+        data = bounded.read_bytes(path, bounded.MOST_WEIGHTS)
     except (importlib.metadata.PackageNotFoundError, FileNotFoundError):
         raise RequestError(
             f"the features effnetlite0 need the weights in the package {PACKAGE}: "

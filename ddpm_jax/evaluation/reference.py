@@ -15,14 +15,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from ddpm_jax import files
+from ddpm_jax import bounded, files
 from ddpm_jax.config import RequestError
 from ddpm_jax.data import ArraySource, Source
 from ddpm_jax.evaluation.features import Extractor
 from ddpm_jax.evaluation.frechet import Statistics, statistics_of
 from ddpm_jax.evaluation.manifest import differences
 from ddpm_jax.parallel import Layout, first_hosts, from_host, to_host
-from ddpm_jax.parts import DAMAGED, collect
+from ddpm_jax.parts import collect
 
 PROBES = 1024  # Images whose bytes tell versions of a set apart that does not fit into memory.
 CHUNK = 1024  # Images read at a time.
@@ -183,7 +183,7 @@ def _from_first_host(
             features, state = _load(path, protocol, shape), _THERE
         except FileNotFoundError:
             error = f"no file {path}"
-        except DAMAGED as reason:
+        except (OSError, ValueError, TypeError) as reason:
             error = str(reason).splitlines()[0] if str(reason) else repr(reason)
             if not file:
                 logging.getLogger(__name__).warning("%s is made again: %s", path, error)
@@ -204,13 +204,12 @@ def _save(path: epath.Path, reference: Reference) -> None:
 
 
 def _load(path: epath.Path, protocol: dict[str, Any], shape: tuple[int, int]) -> np.ndarray:
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
-        there = json.loads(str(saved["protocol"]))
-        differing = differences(there, json.loads(json.dumps(protocol)))
-        if differing:
-            key, (theirs, ours) = next(iter(differing.items()))
-            raise ValueError(f"it holds features with {key}={theirs}, not {ours}")
-        features = saved["features"]
+    there = bounded.parse_json(str(bounded.read_arrays(path, ("protocol",))["protocol"]))
+    differing = differences(dict(there), json.loads(json.dumps(protocol)))
+    if differing:
+        key, (theirs, ours) = next(iter(differing.items()))
+        raise ValueError(f"it holds features with {key}={theirs}, not {ours}")
+    features = bounded.read_arrays(path, ("features",))["features"]
     if features.shape != shape or features.dtype != np.float32:
         raise ValueError(f"it holds {features.dtype} {list(features.shape)}, not float32 {shape}")
     return features

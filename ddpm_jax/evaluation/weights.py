@@ -9,21 +9,20 @@ import dataclasses
 import hashlib
 import json
 import logging
-import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax
 import numpy as np
 from etils import epath
-from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
-from ddpm_jax import files
+from ddpm_jax import bounded, files
 from ddpm_jax.config import RequestError
 from ddpm_jax.evaluation import inception
 from ddpm_jax.evaluation.readers import read_graph, read_pickle, read_torch
 
+MOST = 2**29  # Bytes; the accepted files have some 10^8.
 State = dict[str, np.ndarray]  # "module/…/leaf" -> array, named as in our network.
 
 
@@ -83,7 +82,11 @@ def load_inception(
     place = epath.Path(path).expanduser() if path else cache
     try:
         source = _find(place, accepted)
-        data = source.read_bytes() if source else b""
+        data = bounded.read_bytes(source, MOST) if source else b""
+    except ValueError as error:
+        raise RequestError(
+            f"config.evaluation.weights: {source} is another file: {error}"
+        ) from error
     except OSError as error:
         raise RequestError(
             f"config.evaluation.weights: {error.filename or place} cannot be read "
@@ -176,17 +179,14 @@ def _any_converted(cache: epath.Path, accepted: tuple[Accepted, ...]) -> LoadedW
 def _load_converted(path: epath.Path) -> LoadedWeights | None:
     """What the file holds; None if it is missing, damaged, or not for our network."""
     try:
-        data = path.read_bytes()
-        state = safetensors.load(data)
-        (length,) = struct.unpack("<Q", data[:8])
-        metadata = json.loads(data[8 : 8 + length])["__metadata__"]
+        state, metadata = bounded.read_tensors(path, MOST)
         has_logits = {"true": True, "false": False}[metadata["has_logits"]]
         whole = metadata["tensors_sha256"] == _digest(state)
         inception.check_shapes(state, has_logits)
         params = flax.traverse_util.unflatten_dict(state, sep="/")
         sha256, name = metadata["source_sha256"], metadata["source"]
         return LoadedWeights(params, sha256, name, has_logits) if whole else None
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

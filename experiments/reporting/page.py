@@ -49,12 +49,12 @@ def render(page: Page, plotly: str, made: str) -> str:
         )
         for s in page.sections
     ]
-    template = string.Template((HERE / "page.html").read_text())
+    template = string.Template((HERE / "page.html").read_text(encoding="utf-8"))
     return template.substitute(
         title=html.escape(page.title),
         line=html.escape(page.line),
-        style=(HERE / "style.css").read_text(),
-        script=_in_script((HERE / "script.js").read_text()),
+        style=(HERE / "style.css").read_text(encoding="utf-8"),
+        script=_in_script((HERE / "script.js").read_text(encoding="utf-8")),
         plotly=_in_script(plotly),
         tiles=join(tiles),
         links=join(links),

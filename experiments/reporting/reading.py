@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
-import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -14,9 +14,8 @@ from typing import Any
 import ml_collections
 import numpy as np
 from etils import epath
-from PIL import Image
 
-from ddpm_jax import parts
+from ddpm_jax import bounded, parts
 from ddpm_jax.config import RequestError
 from ddpm_jax.evaluation import manifest
 from ddpm_jax.evaluation.manifest import Manifest
@@ -25,6 +24,7 @@ from ddpm_jax.training import metrics
 
 PATH_STUDY = "progressive_generation"  # Its arrays are x̂_0 over time.
 PNG_END = b"IEND\xaeB`\x82"
+MOST_PICTURE = 2**28  # Bytes.
 MOST_GRIDS = 40  # Of those drawn during training.
 BOUND_ARRAYS = ("terms", "x0_mse", "eps_mse", "rate")  # And their errors.
 
@@ -201,10 +201,13 @@ def read_png(path: epath.Path) -> bytes:
     Raises:
       RequestError: it is not a whole one.
     """
-    data = path.read_bytes()
+    data = b""
+    with contextlib.suppress(ValueError):
+        data = bounded.read_bytes(path, MOST_PICTURE)
     try:
-        Image.open(io.BytesIO(data), formats=["PNG"]).verify()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        with bounded.open_image(io.BytesIO(data), ("PNG",)) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError):
         data = b""
     if not data.endswith(PNG_END):
         raise RequestError(f"{path} is damaged: not a whole PNG; delete it, or make it again")
@@ -243,7 +246,7 @@ def _studies(directory: RunDirectory, shown: str) -> dict[str, Study]:
             "delete it"
         )
         try:
-            content = json.loads(path.read_text())
+            content = bounded.read_json(path)
             figure, table = (directory.figures / content[key] for key in ("figure", "table"))
             arrays = content.get("arrays")
             found[path.stem] = Study(
@@ -251,7 +254,7 @@ def _studies(directory: RunDirectory, shown: str) -> dict[str, Study]:
                 str(content["title"]),
                 [str(note) for note in content["notes"]],
                 read_png(figure),
-                read_csv(table.read_text()),
+                read_csv(bounded.read_text(table)),
                 dict(content["protocol"]),
                 dict(content["subject"]),
                 None if arrays is None else str(arrays),
@@ -315,7 +318,7 @@ def _protocol(samples: epath.Path) -> dict[str, Any]:
     """How the samples in a file were drawn; {} where that cannot be read."""
     arrays = parts.read(samples, ("protocol",)) if samples.exists() else None
     try:
-        return dict(json.loads(str(arrays["protocol"]))) if arrays else {}
+        return dict(bounded.parse_json(str(arrays["protocol"]))) if arrays else {}
     except (ValueError, TypeError):
         return {}
 

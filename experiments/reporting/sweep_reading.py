@@ -10,6 +10,7 @@ import shlex
 import ml_collections
 from etils import epath
 
+from ddpm_jax import bounded
 from ddpm_jax.config import RequestError
 from ddpm_jax.runs import RunDirectory
 from experiments.reporting.reading import Table, grid_paths, read_csv, read_png, read_records
@@ -89,15 +90,15 @@ def read_sweep(shown: str) -> SweepData:
     if not file.exists():
         raise RequestError(f"{path}: no results of a sweep there (no {TABLE}); {again}")
     try:
-        found = read_csv(file.read_text())
+        found = read_csv(bounded.read_text(file))
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise RequestError(f"{file} is damaged ({reason}); {again} again") from None
     if not {"cell", "seed", "status"} <= {*found.columns} or not found.rows:
         raise RequestError(f"{file} has no runs with cell, seed and status; {again}")
     try:
-        markdown = text.read_text() if text.exists() else ""
-    except UnicodeDecodeError:
+        markdown = bounded.read_text(text) if text.exists() else ""
+    except ValueError:
         raise RequestError(f"{text} is damaged: it is not text; {again} again") from None
     place = [found.columns.index(name) for name in ("cell", "seed", "status")]
     written = datetime.datetime.fromtimestamp(file.stat().mtime, datetime.UTC)

@@ -14,8 +14,8 @@ from typing import Any
 import ml_collections
 from etils import epath
 
+from ddpm_jax import bounded, files
 from ddpm_jax import config as config_lib
-from ddpm_jax import files
 from ddpm_jax.config import RequestError
 from ddpm_jax.evaluation import manifest
 from ddpm_jax.evaluation.evaluators import make_evaluators
@@ -217,7 +217,7 @@ def _alike(measured: Measured, asked: Asked) -> bool:
 def read(path: epath.Path) -> dict[str, Any]:
     """The JSON object in a file; an empty one where there is none, or it is damaged."""
     try:
-        return json.loads(path.read_text())
+        return bounded.read_json(path)
     except (OSError, ValueError):
         return {}
 
