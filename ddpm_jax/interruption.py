@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import os
 import signal
 import sys
-from types import TracebackType
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType, TracebackType
+from typing import ClassVar
 
-import jax
-from jax.experimental import multihost_utils
+from ddpm_jax import session
 
-EXIT_CODE = 75  # EX_TEMPFAIL: interrupted; the same command goes on.
+EXIT_CODE = session.AGAIN  # Interrupted; the same command goes on.
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SECONDS = 3.0  # For Python to act on the second signal.
+AT_ONCE = "stopped at once; the same command goes on"
 
 
 class Interrupted(Exception):  # noqa: N818 (not an error)
@@ -20,28 +27,45 @@ class Interrupted(Exception):  # noqa: N818 (not an error)
 class Watch:
     """While open, the first SIGINT or SIGTERM makes `asked` true; a second one stops at once.
 
-    On several hosts JAX's own notice of preemption (SIGTERM) is used instead: a signal to one host
-    stops all of them, after the same step.
+    On several hosts a signal to one stops all, after the same step. A watch within another is that
+    one. It also ends the process when nobody has asked for `hang_seconds`: what waits for another
+    host, a device or a disk may do so for ever.
     """
 
-    # Of all watches: a sync point is a question's number, which must not come twice.
-    _questions = itertools.count(1)
+    _open: ClassVar[Watch | None] = None  # Signals are the process's, and so is who hears them.
 
-    def __init__(self) -> None:
-        self._requested = False
+    def __init__(self, hang_seconds: float = 0.0, doing: Callable[[], str] = lambda: "working"):
+        """Not open yet.
+
+        Args:
+          hang_seconds: the time between two questions after which the process ends; 0: none.
+          doing: what is being done, in words.
+        """
+        self._hang_seconds, self._doing = hang_seconds, doing
+        self._outer: Watch | None = None
+        self._signals = 0
         self._before: dict[int, object] = {}
+        self._asked_at = time.monotonic()
+        self._closed = threading.Event()
 
     def __enter__(self) -> Watch:
-        if jax.process_count() == 1:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
+        self._outer = Watch._open
+        if self._outer is None:
+            Watch._open = self
+            self._asked_at = time.monotonic()
+            if threading.current_thread() is threading.main_thread():
+                self._listen()
+            if self._hang_seconds:
+                threading.Thread(target=self._guard, name="hang", daemon=True).start()
         return self
 
     def asked(self) -> bool:
         """Whether to stop now; every host must ask equally often."""
-        if jax.process_count() == 1:
-            return self._requested
-        return multihost_utils.reached_preemption_sync_point(next(Watch._questions))
+        if self._outer is not None:
+            return self._outer.asked()
+        self._asked_at = time.monotonic()
+        of_all = session.current()
+        return of_all.asked(self._signals > 0) if of_all else self._signals > 0
 
     def __exit__(
         self,
@@ -49,15 +73,70 @@ class Watch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-            outer = getattr(handler, "__self__", None)
-            if isinstance(outer, Watch):  # What came at the very end is the outer one's to answer.
-                outer._requested = outer._requested or self._requested
+        if self._outer is not None:
+            return
+        Watch._open = None
+        self._closed.set()
+        if self._before:
+            signal.set_wakeup_fd(self._wakeup_before)
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            os.close(self._write_end)  # Which ends the thread that reads.
 
-    def _handle(self, number: int, frame: object) -> None:
-        if self._requested:
+    def _listen(self) -> None:
+        """Hears signals twice: as Python does, between two of its instructions, and at once."""
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._handle)
+        read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        threading.Thread(target=self._hear, args=(read_end,), name="signals", daemon=True).start()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._signals += 1
+        if self._signals > 1:
             raise KeyboardInterrupt
-        self._requested = True
         name = signal.Signals(number).name
         print(f"\n{name}: finishing the current step; once more to stop at once", file=sys.stderr)
+
+    def _hear(self, read_end: int) -> None:
+        """Ends the process at the second signal if Python cannot, as while XLA compiles."""
+        heard = 0
+        while received := os.read(read_end, 64):
+            heard += sum(number in SIGNALS for number in received)
+            deadline = time.monotonic() + SECONDS
+            while heard > 1 and self._signals < 2 and not self._closed.is_set():
+                if time.monotonic() > deadline:
+                    self._end(AT_ONCE)
+                time.sleep(0.05)
+        os.close(read_end)
+
+    def _guard(self) -> None:
+        while not self._closed.wait(min(1.0, self._hang_seconds / 4)):
+            if time.monotonic() - self._asked_at > self._hang_seconds:
+                session.dump_stacks()
+                self._end(
+                    f"nothing has moved for {self._hang_seconds:g} s (parallel.hang_seconds) "
+                    f"while {self._doing()}; the same command goes on"
+                )
+
+    def _end(self, message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+        of_all = session.current()
+        if of_all:
+            of_all.leave(EXIT_CODE, message)
+        os._exit(EXIT_CODE)
+
+
+@contextlib.contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Within, a SIGTERM that nobody watches for raises KeyboardInterrupt, as SIGINT does."""
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

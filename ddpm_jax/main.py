@@ -11,17 +11,19 @@ import errno
 import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 import jax
 import ml_collections
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import generation, interruption, runs
+from ddpm_jax import generation, hosts, interruption, runs, session
 from ddpm_jax.config import RequestError
 from ddpm_jax.data import ReadError
 from ddpm_jax.evaluation import results, selftest
-from ddpm_jax.training import check, loop, together
+from ddpm_jax.lock import LostError
+from ddpm_jax.training import check, goodput, loop, together
 from ddpm_jax.training.checkpoints import CheckpointError
 from ddpm_jax.training.metrics import NonFiniteError
 
@@ -58,18 +60,40 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]
         "has the seed in the place of {seed} in --workdir",
     )
     parser.add_argument(
+        "--force",
+        action="store_true",
+        help="with --mode=train: go on under another config, or with other images, than before",
+    )
+    parser.add_argument(
         "--selftest",
         action="store_true",
         help="with --mode=evaluate: do weights and data give FID and IS as published? (CIFAR-10)",
     )
+    add_host_flags(parser)
+    known, rest = parser.parse_known_args(argv)
+    return known, config_lib.parse_overrides(rest)
+
+
+def add_host_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that `join_hosts` reads."""
     parser.add_argument(
-        "--distributed", action="store_true", help="join the other hosts of a TPU pod or Slurm job"
+        "--distributed",
+        action=argparse.BooleanOptionalAction,
+        help="whether this is one of several processes; unless given, Slurm, Open MPI and TPU "
+        "pods say so themselves",
     )
     parser.add_argument("--coordinator", help="HOST:PORT of process 0, on other clusters")
     parser.add_argument("--num_processes", type=int, help="with --coordinator: how many there are")
     parser.add_argument("--process_id", type=int, help="with --coordinator: which one this is")
-    known, rest = parser.parse_known_args(argv)
-    return known, config_lib.parse_overrides(rest)
+    parser.add_argument(
+        "--startup_seconds", type=float, default=300, help="for all processes to come (%(default)s)"
+    )
+    parser.add_argument(
+        "--host_seconds",
+        type=float,
+        default=60,
+        help="how long a process may be silent before the others end (%(default)s)",
+    )
 
 
 def resolve(
@@ -99,14 +123,19 @@ def resolve(
     return config
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a request; returns the exit code."""
-    return reported(lambda: _run(sys.argv[1:] if argv is None else argv))
+def main(argv: Sequence[str] | None = None, started: float | None = None) -> int:
+    """Runs a request; returns the exit code.
+
+    Args:
+      argv: its arguments; those of the program, unless given.
+      started: the monotonic time when the process began.
+    """
+    return reported(lambda: _run(sys.argv[1:] if argv is None else argv, started))
 
 
-def _run(argv: Sequence[str]) -> int:
+def _run(argv: Sequence[str], started: float | None) -> int:
     args, overrides = parse(argv)
-    _join_hosts(args)  # Before anything touches a device.
+    join_hosts(args)
     if args.seeds is not None:
         _check_seeds(args, overrides)
     config = resolve(args, overrides)
@@ -116,9 +145,12 @@ def _run(argv: Sequence[str]) -> int:
         raise RequestError("--workdir=DIR is needed, e.g. --workdir=runs/digits")
     use_compilation_cache()
     if args.seeds is not None:
-        together.train_together(config, args.workdir, together.parse_seeds(args.seeds), _say)
+        seeds = together.parse_seeds(args.seeds)
+        together.train_together(
+            config, args.workdir, seeds, _say, force=args.force, started=started
+        )
     elif args.mode == "train":
-        loop.train(config, args.workdir, _say)
+        loop.train(config, args.workdir, _say, args.force, started)
     elif args.mode == "sample":
         run = runs.load(args.workdir, config=config)
         directory = runs.RunDirectory.of(args.workdir).samples
@@ -146,39 +178,66 @@ def _check_seeds(args: argparse.Namespace, overrides: Sequence[tuple[str, str]])
 
 
 def reported(work: Callable[[], int]) -> int:
-    """work() with every error that a user can meet said in one line; returns the exit code."""
+    """work() with every error that a user can meet said in one line; returns the exit code.
+
+    On several hosts an error ends the process, and with it the others, which name this one.
+    """
+    with interruption.sigterm_as_ctrl_c():
+        code, message = _outcome(work)
+    of_all = session.current()
+    if of_all is not None:
+        if message is None:
+            of_all.close()
+        else:
+            of_all.leave(code, message)
+    return code
+
+
+def _outcome(work: Callable[[], int]) -> tuple[int, str | None]:
+    """The exit code, and what went wrong; None where all hosts end alike."""
     try:
-        return work()
+        return work(), None
     except RequestError as error:
         return _fail(error, 2)
     except interruption.Interrupted as error:
-        return _fail(error, interruption.EXIT_CODE)
+        return _fail(error, interruption.EXIT_CODE)[0], None
     except KeyboardInterrupt:
-        return _fail("stopped at once; the same command goes on", interruption.EXIT_CODE)
-    except (CheckpointError, NonFiniteError, ReadError) as error:
+        return _fail(interruption.AT_ONCE, interruption.EXIT_CODE)
+    except (CheckpointError, LostError, NonFiniteError, ReadError) as error:
         return _fail(error, 1)
     except OSError as error:  # A disk that is full, or a place that is not to be written.
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return _unexpected(error)
         return _fail(": ".join(filter(None, (error.filename, error.strerror))), 1)
+    except Exception as error:
+        return _unexpected(error)
 
 
-def _join_hosts(args: argparse.Namespace) -> None:
-    """Starts JAX's distributed runtime where the flags ask for it.
+def _unexpected(error: Exception) -> tuple[int, str]:
+    """With other hosts around, an error must end them too, and may be the end of one of them."""
+    of_all = session.current()
+    if of_all is None:
+        raise error
+    traceback.print_exception(error)
+    of_all.await_verdict(error)
+    return 1, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def join_hosts(args: argparse.Namespace) -> None:
+    """Joins the other processes, where there are any; before anything touches a device.
 
     Raises:
-      RequestError: the flags are incomplete, or no cluster is found.
+      RequestError: the flags are incomplete, no cluster is found, or not all have come.
     """
-    named = (args.coordinator, args.num_processes, args.process_id)
-    if not args.distributed and named == (None, None, None):
-        return
-    if not args.distributed and None in named:
-        raise RequestError("--coordinator, --num_processes and --process_id belong together")
-    try:
-        jax.distributed.initialize(*named)
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise RequestError(f"the hosts cannot be joined: {reason}") from error
+    place = hosts.find(
+        args.coordinator,
+        args.num_processes,
+        args.process_id,
+        args.distributed,
+        args.startup_seconds,
+    )
+    if place is not None:
+        hosts.join(place, args.startup_seconds, args.host_seconds)
 
 
 def _say(line: str) -> None:
@@ -186,9 +245,9 @@ def _say(line: str) -> None:
         print(line, flush=True)
 
 
-def _fail(error: Exception | str, code: int) -> int:
+def _fail(error: Exception | str, code: int) -> tuple[int, str]:
     print(f"error: {error}" if code != interruption.EXIT_CODE else error, file=sys.stderr)
-    return code
+    return code, str(error)
 
 
 def use_compilation_cache() -> None:
@@ -200,4 +259,4 @@ def use_compilation_cache() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(started=goodput.process_start()))

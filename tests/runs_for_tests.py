@@ -1,5 +1,6 @@
 """A run small enough to train in seconds, and ways to run it, here or in a process of its own."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -42,6 +43,16 @@ def arguments(workdir, mode="train", **overrides):
     settings = TINY | {key.replace("__", "."): value for key, value in overrides.items()}
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
     return [f"--config={ROOT}/configs/digits.py", f"--workdir={workdir}", f"--mode={mode}", *flags]
+
+
+def lines(workdir):
+    """metrics.jsonl, without what the clock says."""
+    text = (pathlib.Path(workdir) / "metrics.jsonl").read_text(encoding="utf-8")
+    clocks = ("time/", "steps_per", "images_per", "seconds_")
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith(clocks)}
+        for line in text.splitlines()
+    ]
 
 
 def train(workdir, **overrides):

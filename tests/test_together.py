@@ -14,7 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs_for_tests import ROOT, TINY, arguments, assert_equal_states, final_state, start, train
+from runs_for_tests import (
+    ROOT,
+    TINY,
+    arguments,
+    assert_equal_states,
+    final_state,
+    lines,
+    start,
+    train,
+)
 
 from ddpm_jax import config as config_lib
 from ddpm_jax import figures, files, keys, runs
@@ -31,7 +40,6 @@ from ddpm_jax.training.metrics import NonFiniteError
 from ddpm_jax.training.step import seeded_call
 
 SEEDS = (0, 5, 2)
-TIMES = ("steps_per_second", "images_per_second", "seconds_waiting_for_data")
 EVALUATION = {
     "train__evaluate_every": 10,
     "train__keep_best": "bits_per_dim_test",
@@ -39,12 +47,6 @@ EVALUATION = {
     "evaluation__split": "test",
     "evaluation__max_images": 16,
 }
-
-
-def lines(workdir):
-    """metrics.jsonl, without what the clock says."""
-    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k not in TIMES} for record in records]
 
 
 def command(parent, seeds=SEEDS, **overrides):

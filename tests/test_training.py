@@ -1,6 +1,5 @@
 """Whole runs: what they leave behind, going on to the bit, and what can go wrong."""
 
-import json
 import re
 import signal
 import socket
@@ -8,18 +7,10 @@ import time
 
 import numpy as np
 import pytest
-from runs_for_tests import arguments, assert_equal_states, final_state, start, train
+from runs_for_tests import arguments, assert_equal_states, final_state, lines, start, train
 
 from ddpm_jax import generation
 from ddpm_jax.main import main
-
-TIMES = ("steps_per_second", "images_per_second", "seconds_waiting_for_data")
-
-
-def lines(workdir):
-    """metrics.jsonl, without what the clock says."""
-    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k not in TIMES} for record in records]
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,13 @@ import shlex
 import subprocess
 import sys
 import types
+import zlib
 from typing import Any
 
 import jax
 from etils import epath
 
-from ddpm_jax import files
+from ddpm_jax import bounded, files
 
 # Of a manifest's file, and the types of their values.
 FIELDS = {
@@ -139,7 +140,7 @@ def code_commit(folder: pathlib.Path = pathlib.Path(__file__).parents[1]) -> str
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
         return subprocess.run(
-            command, check=True, capture_output=True, text=True, timeout=10
+            command, check=True, capture_output=True, encoding="utf-8", timeout=10
         ).stdout.strip()
 
     try:
@@ -148,6 +149,14 @@ def code_commit(folder: pathlib.Path = pathlib.Path(__file__).parents[1]) -> str
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def source_digest(folder: pathlib.Path = pathlib.Path(__file__).parents[1]) -> str:
+    """CRC-32 of a package's Python files, in the order of their paths, as hexadecimal."""
+    crc = 0
+    for path in sorted(folder.rglob("*.py")):
+        crc = zlib.crc32(str(path.relative_to(folder)).encode() + path.read_bytes(), crc)
+    return f"{crc:08x}"
 
 
 def save(path: epath.Path, manifest: Manifest) -> None:
@@ -176,7 +185,7 @@ def load(path: epath.PathLike) -> Manifest:
     """
     path = epath.Path(path)
     try:
-        content = json.loads(path.read_text())
+        content = bounded.read_json(path)
         for field, kind in FIELDS.items():
             if not isinstance(content[field], kind):
                 raise TypeError(f"{field} is {content[field]!r}")

@@ -11,17 +11,23 @@ import contextlib
 import json
 import logging
 import math
+import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from ddpm_jax import session
 from ddpm_jax.parallel import to_host
+from ddpm_jax.training.metrics import NonFiniteError
 
 _STATE, _META = "state", "meta"
+_UNFINISHED = ".orbax-checkpoint-tmp"  # In the name of a directory that is being written.
 
 
 class CheckpointError(RuntimeError):
@@ -31,16 +37,30 @@ class CheckpointError(RuntimeError):
 class Checkpoints:
     """The checkpoints of a run, in one directory; the name of each is the updates done."""
 
-    def __init__(self, directory: epath.PathLike, keep: int = 3):
-        """Opens the directory, which need not exist; `keep` newest checkpoints are kept."""
+    def __init__(
+        self, directory: epath.PathLike, keep: int = 3, keep_every: int = 0, sweep: bool = False
+    ):
+        """Opens the directory, which need not exist.
+
+        Args:
+          keep: newest checkpoints that are kept; those at multiples of `keep_every` are as well.
+          sweep: whether what saves that did not end have left there is removed, as only the one
+            process (or group of them) may do that saves there.
+        """
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file.
         self._directory = epath.Path(directory).resolve()  # Orbax reads absolute paths only.
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.LatestN(keep),
-            step_prefix=None,
-            enable_async_checkpointing=True,
+        self._sweeps, self._saving = sweep, False
+        policy: Any = ocp.checkpoint_managers.LatestN(keep)
+        if keep_every:
+            every = ocp.checkpoint_managers.EveryNSteps(keep_every)
+            policy = ocp.checkpoint_managers.AnyPreservationPolicy([policy, every])
+        self._sweep()
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy, step_prefix=None, enable_async_checkpointing=True
+            ),
         )
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints on the disk, newest first, whole or not."""
@@ -50,11 +70,13 @@ class Checkpoints:
         """Starts writing the state and JSON-able notes; returns when the state may be changed.
 
         Raises:
+          NonFiniteError: the state is not finite; nothing is written.
           CheckpointError: this one or the one before could not be written.
         """
-        checksums = _checksums(state)
+        checksums = _checksums(state, finite=True)
+        self.wait()
         with _write_errors(self._directory):
-            self._manager.wait_until_finished()
+            self._sweep()
             self._set_aside(step)
             args = ocp.args.Composite(
                 **{
@@ -62,7 +84,9 @@ class Checkpoints:
                     _META: ocp.args.JsonSave({"checksums": checksums, "notes": notes}),
                 }
             )
-            self._manager.save(step, args=args, force=True)
+            self._saving = True
+            if not self._manager.save(step, args=args, force=True):
+                raise OSError(f"Orbax refuses to save step {step}")
 
     def _set_aside(self, step: int) -> None:
         """Renames a checkpoint in the way: there is one only if it was passed over as damaged."""
@@ -72,14 +96,35 @@ class Checkpoints:
             path.rename(self._directory / f"{step}.damaged{taken or ''}")
             self._manager.reload()
 
+    def _sweep(self) -> None:
+        """Removes what was never whole: it takes the space that the next one needs."""
+        if self._sweeps and jax.process_index() == 0:
+            for left in self._directory.glob(f"*{_UNFINISHED}*"):
+                left.rmtree(missing_ok=True)
+
+    def poll(self) -> None:
+        """What `wait` does, without waiting: while the last save goes on, nothing.
+
+        Raises:
+          CheckpointError: it could not be written.
+        """
+        if self._saving and not self._manager.is_saving_in_progress():
+            self.wait()
+
     def wait(self) -> None:
         """Returns when everything is on the disk.
 
         Raises:
           CheckpointError: the last one could not be written.
         """
+        saving, self._saving = self._saving, False
         with _write_errors(self._directory):
-            self._manager.wait_until_finished()
+            try:
+                self._manager.wait_until_finished()
+            except BaseException:
+                if saving:
+                    self._manager.reload()  # Else it believes that the step is there.
+                raise
 
     def close(self) -> None:
         """Lets go of the directory, without a word about failures: call `wait` first."""
@@ -93,6 +138,8 @@ class Checkpoints:
     ) -> tuple[Any, int, dict[str, Any]] | None:
         """The newest whole checkpoint, or that of a step: (state, step, notes); None if none exist.
 
+        Whole is what every host can read, to the same checksums.
+
         Args:
           abstract: the state's jax.ShapeDtypeStructs with their shardings. A subtree, such as
             {"ema_params": …} of a state, reads only that.
@@ -101,20 +148,38 @@ class Checkpoints:
         Raises:
           CheckpointError: the step does not exist, or all checkpoints are damaged.
         """
-        steps = self.steps()
+        steps = session.gather("listing checkpoints", self.steps())[0]
         if step is not None and step not in steps:
             raise CheckpointError(f"no checkpoint {step} in {self._directory}; there are {steps}")
         for candidate in steps if step is None else [step]:
-            try:
-                return self._read(candidate, abstract)
-            except Exception as error:  # Orbax raises whatever its layers happen to raise.
-                reason = str(error).strip().splitlines()[0][:200] if str(error) else repr(error)
-                warn(f"checkpoint {candidate} cannot be read and is passed over: {reason}")
+            found, reason = self.attempt(candidate, abstract)
+            if found is not None:
+                return found[0], candidate, found[1]
+            warn(f"checkpoint {candidate} cannot be read and is passed over: {reason}")
         if steps:
             raise CheckpointError(
                 f"none of the checkpoints {steps} in {self._directory} can be read whole"
             )
         return None
+
+    def attempt(
+        self, step: int, abstract: Any
+    ) -> tuple[tuple[Any, dict[str, Any]] | None, str | None]:
+        """((state, notes), None) of a checkpoint, or (None, why it is not whole), on all hosts."""
+        read, reason = None, None
+        try:
+            read = self._read(step, abstract)
+        except Exception as error:  # Orbax raises whatever its layers happen to raise.
+            reason = _first_line(error)
+        reason = _anybodys(step, reason)
+        if reason is None:  # All have it: now it can be looked at together.
+            state, meta = read
+            saved = meta["checksums"]
+            wrong = [path for path, found in _checksums(state).items() if saved[path] != found]
+            if wrong:
+                reason = f"the checksum of {wrong[0]} is not the one saved"
+            reason = _anybodys(step, reason)
+        return (None, reason) if reason is not None else ((state, meta["notes"]), None)
 
     def delete(self, step: int) -> None:
         """Removes a checkpoint."""
@@ -124,22 +189,34 @@ class Checkpoints:
     def notes(self, step: int) -> dict[str, Any]:
         """The notes saved with a step; empty where they cannot be read."""
         try:
-            meta = (self._directory / str(step) / _META / "metadata").read_text()
-            return json.loads(meta)["notes"]
+            return self._meta(step)["notes"]
         except (OSError, ValueError, KeyError):
             return {}
 
-    def _read(self, step: int, abstract: Any) -> tuple[Any, int, dict[str, Any]]:
-        directory = self._directory / str(step)
-        meta = json.loads((directory / _META / "metadata").read_text())
-        with ocp.PyTreeCheckpointer() as reader:
+    def _meta(self, step: int) -> dict[str, Any]:
+        text = (self._directory / str(step) / _META / "metadata").read_text(encoding="utf-8")
+        return json.loads(text)
+
+    def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+        """The state and all that was saved beside it, by this host alone."""
+        meta = self._meta(step)
+        checksums, notes = meta["checksums"], meta["notes"]
+        if not isinstance(checksums, dict) or not isinstance(notes, dict):
+            raise ValueError("no checksums, or no notes")
+        if missing := [path for path in _paths(abstract) if path not in checksums]:
+            raise ValueError(f"no checksum of {missing[0]}")
+        # No host waits for another while it reads: one that cannot would keep them for ever.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(),
+            active_processes={jax.process_index()} if jax.process_count() > 1 else None,
+            barrier_sync_key_prefix=f"host{jax.process_index()}",
+        )
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
             restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
             args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
-            state = reader.restore(directory / _STATE, args=args)
-        for path, checksum in _checksums(state).items():
-            if meta["checksums"][path] != checksum:
-                raise ValueError(f"the checksum of {path} is not the one saved")
-        return state, step, meta["notes"]
+            state = reader.restore(self._directory / str(step) / _STATE, args=args)
+        return state, meta
 
 
 class Best:
@@ -147,7 +224,7 @@ class Best:
 
     def __init__(self, directory: epath.PathLike, result: str):
         """Opens `<directory>/<result>`, which need not exist; `result` is the result's name."""
-        self._checkpoints = Checkpoints(epath.Path(directory) / result, keep=1)
+        self._checkpoints = Checkpoints(epath.Path(directory) / result, keep=1, sweep=True)
         self._result = result
         self._notes: dict[str, Any] = {}
         for step in self._checkpoints.steps()[:1]:
@@ -187,14 +264,43 @@ class Best:
         self._checkpoints.close()
 
 
-def _checksums(state: Any) -> dict[str, int]:
-    """CRC-32 of each leaf's bytes, by its path."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {_name(path): zlib.crc32(to_host(leaf).tobytes()) for path, leaf in leaves}
+def _checksums(state: Any, finite: bool = False) -> dict[str, int]:
+    """CRC-32 of each leaf's bytes, by its path.
+
+    Raises:
+      NonFiniteError: all have to be finite and one is not.
+    """
+    checksums = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        values, name = to_host(leaf), _name(path)
+        if finite and jnp.issubdtype(values.dtype, jnp.inexact) and not np.isfinite(values).all():
+            raise NonFiniteError(
+                f"{name} is not finite and is not saved; try a lower --config.train.learning_rate, "
+                "a run in another --workdir"
+            )
+        checksums[name] = zlib.crc32(values.tobytes())
+    return checksums
+
+
+def _paths(state: Any) -> list[str]:
+    return [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
 
 
 def _name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _anybodys(step: int, reason: str | None) -> str | None:
+    """The reason of the first host that has one; every host must come."""
+    reasons = session.gather(f"reading checkpoint {step}", reason)
+    for index, theirs in enumerate(reasons):
+        if theirs is not None:
+            return theirs if len(reasons) == 1 else f"{session.current().name(index)}: {theirs}"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [repr(error)])[0][:200]
 
 
 @contextlib.contextmanager
@@ -202,5 +308,15 @@ def _write_errors(directory: epath.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # As above.
-        reason = (str(error).strip().splitlines() or [repr(error)])[0][:300]
-        raise CheckpointError(f"cannot write a checkpoint under {directory}: {reason}") from error
+        raise CheckpointError(
+            f"cannot write a checkpoint under {directory}{_free(directory)}: {_first_line(error)}"
+        ) from error
+
+
+def _free(directory: epath.Path) -> str:
+    """The space left on a local disk, in words."""
+    try:
+        free = shutil.disk_usage(directory).free
+    except (OSError, TypeError):
+        return ""
+    return f" ({free / 2**20:,.0f} MiB free)"

@@ -56,6 +56,7 @@ def make_job(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | 
         flip=config.data.flip,
         seed=config.seed,
         microbatches=config.parallel.microbatches,
+        skip_nonfinite=config.train.nonfinite == "skip",
     )
     shapes = jax.eval_shape(initial_state(config, task), 0)
     abstract = jax.tree.map(

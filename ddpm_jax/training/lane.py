@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,19 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from ddpm_jax import figures, files
-from ddpm_jax.data import Batches, Gather, Source
+from ddpm_jax import figures, files, session
+from ddpm_jax.config import RequestError
+from ddpm_jax.data import Batches, Gather, Source, fingerprint
 from ddpm_jax.evaluation.manifest import Measured, digest
 from ddpm_jax.evaluation.requests import Evaluator
 from ddpm_jax.evaluation.results import evaluate_and_keep
 from ddpm_jax.generation import GRID_IMAGES, compile_sampler, padded_batch
 from ddpm_jax.interruption import Interrupted, Watch
+from ddpm_jax.lock import Lock
 from ddpm_jax.parallel import first_hosts, to_host
 from ddpm_jax.progress import Progress
 from ddpm_jax.runs import RunDirectory
 from ddpm_jax.sampling import Samples
 from ddpm_jax.schedules import spaced
-from ddpm_jax.training.checkpoints import Best, Checkpoints
+from ddpm_jax.training.checkpoints import Best, CheckpointError, Checkpoints
+from ddpm_jax.training.goodput import Clock, Lives
 from ddpm_jax.training.job import Job, initial_state, template
 from ddpm_jax.training.metrics import NonFiniteError, Window, Writer
 from ddpm_jax.training.state import State
@@ -43,11 +46,13 @@ class Lane:
       loss: the mean since the last line, as text.
       error: why it cannot go on.
       batches: its images, by step.
-      clock: of its steps a second.
+      rate: of its steps.
+      lives: where its time goes.
     """
 
     batches: Batches
-    clock: Progress
+    rate: Progress
+    lives: Lives
 
     def __init__(
         self,
@@ -56,45 +61,74 @@ class Lane:
         directory: RunDirectory,
         evaluators: Sequence[Evaluator],
         watch: Watch,
+        clock: Clock,
+        lock: Lock | None,
         say: Callable[[str], None],
     ):
-        """A run at its newest whole checkpoint, or at its start; the stack closes its files."""
+        """A run at its newest whole checkpoint, or at its start; the stack closes its files.
+
+        Raises:
+          RequestError: its last starts have failed one after another where this one begins.
+          CheckpointError: all checkpoints are damaged.
+        """
         self.job, self.loss = job, ""
         self.error: NonFiniteError | None = None
         self._stack, self._directory, self._evaluators = stack, directory, evaluators
-        self._watch, self._say = watch, say
+        self._watch, self._clock, self._lock, self._say = watch, clock, lock, say
         self._train = job.config.train
-        self._checkpoints = Checkpoints(directory.checkpoints, self._train.keep_checkpoints)
+        self._checkpoints = Checkpoints(
+            directory.checkpoints, self._train.keep_checkpoints, self._train.keep_every, sweep=True
+        )
         stack.callback(self._checkpoints.close)
         self._first_host = jax.process_index() == 0
-        self.state, self.step, self._window = self._restored()
-        self._saved = self.seen = self.step
+        self.state, self.step, self._notes = self._restored()
+        self._window = Window(self._notes.get("window"))
+        self._skipped: list[int] = self._notes.get("skipped", [])
+        self._saved: int | None = self.step
+        self.seen = self.step
+        self._durations: list[float] = []  # Of a step each, since the last line.
+        self._waits: dict[int, float] = {}  # For images, of each host, at the last line.
+        self.lives = Lives(directory.goodput, clock, self.step, self._first_host)
+        self.lives.check_progress(self._train.max_restarts)
         # The metrics of the call before: the host never waits for the device.
         self._waiting: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
         self._sampler = None
         self._best = Best(directory.best, self._train.keep_best) if self._train.keep_best else None
 
-    def _restored(self) -> tuple[State, int, Window]:
+    def _restored(self) -> tuple[State, int, dict[str, Any]]:
         found = self._checkpoints.restore(self.job.abstract, warn=self._say)
         if found is None:
             initial = initial_state(self.job.config, self.job.task)
             # Run once: not worth the compiler's optimisations, which take longer than all of it.
             quick = {"xla_backend_optimization_level": 0}
             start = jax.jit(initial, out_shardings=self.job.sharding, compiler_options=quick)
-            return start(np.int32(self.job.config.seed)), 0, Window()
-        state, step, notes = found
-        self._say(f"going on from step {step}")
-        return state, step, Window(notes["window"])
+            return start(np.int32(self.job.config.seed)), 0, {}
+        self._say(f"going on from step {found[1]}")
+        return found
 
-    def begin(self, source: Source, resident: bool | Gather) -> None:
-        """Opens data and files; see `Batches`."""
+    def begin(self, source: Source, resident: bool | Gather, force: bool = False) -> None:
+        """Opens data and files; see `Batches`.
+
+        Args:
+          force: whether to go on with images that are not those of before.
+        Raises:
+          RequestError: the images are not those that it was trained on.
+        """
+        self._notes["data"] = self._same_data(fingerprint(source), force)
+        self._stack.enter_context(self.lives)
         if self._first_host and self.step < self._train.steps:
             try:
                 self._directory.note_start(self.step)
             except OSError as error:  # What is there stays, and the training is worth more.
                 self._say(f"this start is not noted in provenance.json: {error}")
         self._writer = Writer(
-            self._directory.path, self._directory.metrics, self.step, self._keeps, self._first_host
+            self._directory.path,
+            self._directory.metrics,
+            self.step,
+            self._keeps,
+            self._first_host,
+            self._train.write_errors,
+            self._say,
         )
         self._stack.callback(self._writer.close)
         self.batches = Batches(
@@ -104,8 +138,19 @@ class Lane:
             self._train.steps_per_call,
             self.job.layout.split(1),
             resident,
+            stall_seconds=self.job.config.data.stall_seconds,
+            attempts=self.job.config.data.read_attempts,
         )
         self._stack.callback(self.batches.close)
+
+    def _same_data(self, found: str, force: bool) -> str:
+        before = self._notes.get("data", found)
+        if before != found:
+            line = f"the images differ from those of the run so far (were {before}, are {found})"
+            if not force:
+                raise RequestError(f"config.data: {line}; give those back, or start with --force")
+            self._say(line)
+        return found
 
     def _keeps(self, record: dict[str, Any]) -> bool:
         """Whether a line of an earlier life is one that an unbroken run would have."""
@@ -115,7 +160,13 @@ class Lane:
         return record["step"] <= self.step
 
     def step_to(self, state: State, metrics: dict[str, jax.Array]) -> None:
-        """Takes the results of a call, and reads what is known of its metrics."""
+        """Takes the results of a call, and reads what is known of its metrics.
+
+        Raises:
+          CheckpointError: the last checkpoint could not be written.
+        """
+        with self._writing():
+            self._checkpoints.poll()
         self.state = state
         self.step += self._train.steps_per_call
         self._waiting.append((self.step, metrics))
@@ -140,30 +191,72 @@ class Lane:
 
     def _take(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Reads the metrics of a call, and writes a line where one is due."""
-        self._window.add(step, jax.tree.map(to_host, metrics))
-        self.loss = f"{self._window.sums['loss'] / self._window.sums['steps']:.4f}"
+        self._skip(self._window.add(step, jax.tree.map(to_host, metrics)))
+        self.loss = f"{self._window.loss:.4f}"
         self.seen = step
         if step % self._train.log_every == 0 or step == self._train.steps:
             scalars = self._window.scalars()
+            if self._train.objective == "vlb":  # Bits/dim, without L_T, which has no parameters.
+                scalars["bound"] = self._window.loss * self.job.task.process.schedule.num_steps
+            if self._skipped:
+                scalars["skipped_updates"] = len(self._skipped)
             if step % self._train.log_every == 0:
                 self._window = Window()
-            if self._train.objective == "vlb":  # Bits/dim, without L_T, which has no parameters.
-                scalars["bound"] = scalars["loss"] * self.job.task.process.schedule.num_steps
-            rate = self.clock.rate(step)
-            scalars["steps_per_second"] = rate
-            scalars["images_per_second"] = rate * self._train.batch_size
-            scalars["seconds_waiting_for_data"] = self.batches.wait_seconds
-            self.batches.wait_seconds = 0.0
-            self._writer.scalars(step, scalars)
+            self._writer.scalars(step, scalars | self._speed(step) | self.lives.scalars())
+            with self._writing():
+                self.lives.update(step)
+
+    def _skip(self, steps: list[int]) -> None:
+        """Counts updates that were left out.
+
+        Raises:
+          NonFiniteError: there are too many.
+        """
+        self._skipped += steps
+        for step in steps:
+            self._say(f"step {step}: loss or gradient not finite; the update is left out")
+        if len(self._skipped) > self._train.max_skipped:
+            raise NonFiniteError(
+                f"{len(self._skipped)} updates were not finite and left out, more than "
+                f"train.max_skipped={self._train.max_skipped}: the last at steps "
+                f"{', '.join(map(str, self._skipped[-5:]))}; try a lower "
+                "--config.train.learning_rate in another --workdir"
+            )
+
+    def _speed(self, step: int) -> dict[str, float]:
+        """How fast it was since the last line, and which host waited longest for its images."""
+        rate = self.rate.rate(step)
+        scalars = {
+            "steps_per_second": rate,
+            "images_per_second": rate * self._train.batch_size,
+            "seconds_waiting_for_data": self.batches.wait_seconds,
+        }
+        self.batches.wait_seconds = 0.0
+        if self._durations:
+            scalars["time/step_median"] = float(np.median(self._durations))
+            scalars["time/step_max"] = max(self._durations)
+            self._durations.clear()
+        if of_all := session.current():
+            before, self._waits = self._waits, of_all.waits()
+            waits = {k: seconds - before.get(k, 0.0) for k, seconds in self._waits.items()}
+            slowest = max(waits, key=waits.get)
+            scalars |= {"time/input_max": waits[slowest], "time/input_max_host": slowest}
+        return scalars
+
+    def took(self, seconds: float) -> None:
+        """Notes how long a call has taken."""
+        self._durations.append(seconds / self._train.steps_per_call)
 
     def act(self) -> None:
         """Whatever is due at this step; the metrics up to it are known to be finite."""
         train, step = self._train, self.step
         last = step >= train.steps
         if last or step % train.checkpoint_every == 0:
-            self._save()
+            with self._writing():
+                self._save()
         if not last and train.sample_every and step % train.sample_every == 0:
-            self._sample()
+            with self._writing():
+                self._sample()
 
     def evaluated(self) -> bool:
         """Evaluates where that is due at this step; whether it was not stopped meanwhile."""
@@ -171,7 +264,8 @@ class Lane:
         if not every or (step < self._train.steps and step % every):
             return True
         try:
-            results = self._results(self._say, self._watch.asked)
+            with self._clock.phase("evaluate"):
+                results = self._results(self._say, self._watch.asked)
         except Interrupted:
             return False
         except NonFiniteError as error:
@@ -185,7 +279,8 @@ class Lane:
         self._writer.scalars_once(step, {n: float(m) for n, m in results.items()} | errors)
         if best := self._new_best(results):
             both = {"ema_params": self.state.ema_params, "params": self.state.params}
-            self._best.save(step, both, *best)
+            with self._writing(), self._clock.phase("save"):
+                self._best.save(step, both, *best)
         return True
 
     def _results(self, say: Callable[[str], None], stop: Callable[[], bool]) -> dict[str, Measured]:
@@ -207,22 +302,54 @@ class Lane:
         return (value, protocol) if self._best.beaten_by(value, chosen.better, protocol) else None
 
     def _save(self) -> None:
-        self._saved = self.step
-        self._checkpoints.save(self.step, self.state, {"window": self._window.sums})
+        notes = {**self._notes, "window": self._window.sums, "skipped": self._skipped}
+        if self._lock is not None:
+            self._lock.check()
+        with self._clock.phase("save"):
+            self._writer.flush()  # A checkpoint counts when the lines before it are there.
+            self._saved = None
+            try:
+                self._checkpoints.save(self.step, self.state, notes)
+            except NonFiniteError as error:
+                self.error = error
+                return
+            self._saved = self.step
+            self.lives.update(self.step, at_once=True)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What cannot be written ends the run, or is said, as `train.write_errors` tells."""
+        try:
+            yield
+        except (CheckpointError, OSError) as error:
+            if self._train.write_errors == "stop":
+                raise
+            if isinstance(error, CheckpointError):
+                self._saved = None
+            self._say(f"{error}; the training goes on (train.write_errors=continue)")
 
     def stop(self) -> None:
-        """Saves what is not saved yet, and returns when it is on the disk."""
+        """Saves what is not saved yet, and returns when it is on the disk.
+
+        Raises:
+          CheckpointError: it could not be written.
+        """
         if self._saved != self.step:
             self._save()
         self._wait()
 
     def _wait(self) -> None:
-        self._checkpoints.wait()
-        if self._best is not None:
-            self._best.close()
+        with self._clock.phase("save"):
+            self._checkpoints.wait()
+            if self._best is not None:
+                self._best.close()
 
     def _sample(self) -> Samples:
         """A grid of samples of the moving average, from the same noise each time."""
+        with self._clock.phase("sample"):
+            return self._sampled()
+
+    def _sampled(self) -> Samples:
         config, layout = self.job.config, self.job.layout
         count = min(config.sample.count, GRID_IMAGES)
         if self._sampler is None:
@@ -253,7 +380,7 @@ class Lane:
         """The last pictures, while the last checkpoint is on its way to the disk."""
         self._say("drawing samples from the moving average of the parameters")
         samples = self._sample()
-        self._wait()
+        self.stop()
         if not self._first_host:
             return
         rows = samples.x0_path.swapaxes(0, 1)

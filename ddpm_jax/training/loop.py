@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,37 +12,53 @@ import jax
 import ml_collections
 import numpy as np
 
-from ddpm_jax.data import Source, nbytes, open_source
+from ddpm_jax import config as config_lib
+from ddpm_jax import session
+from ddpm_jax.data import ReadError, Source, fingerprint, nbytes, open_source
+from ddpm_jax.evaluation import manifest
 from ddpm_jax.evaluation.evaluators import make_evaluators
 from ddpm_jax.evaluation.requests import Evaluator
 from ddpm_jax.interruption import Interrupted, Watch
+from ddpm_jax.lock import Lock, hold, holder
 from ddpm_jax.parallel import compile_call
 from ddpm_jax.progress import Progress
 from ddpm_jax.runs import RunDirectory
+from ddpm_jax.training.goodput import Clock
 from ddpm_jax.training.job import Job, make_job, template
 from ddpm_jax.training.lane import Lane
 from ddpm_jax.training.state import State
 from ddpm_jax.training.step import seeded_call
 
 
-def train(config: ml_collections.ConfigDict, workdir: str, say: Callable[[str], None]) -> None:
+def train(
+    config: ml_collections.ConfigDict,
+    workdir: str,
+    say: Callable[[str], None],
+    force: bool = False,
+    started: float | None = None,
+) -> None:
     """Trains until `train.steps`, going on from the newest whole checkpoint in workdir.
 
     Args:
       config: a valid config.
       workdir: the run's directory, made if it does not exist.
       say: prints a line.
+      force: whether to go on under another config, or with other images, than those of before.
+      started: the monotonic time when the process began, see `goodput`.
     Raises:
-      RequestError: data, devices or the directory do not fit the config.
+      RequestError: data, devices, the directory or the other hosts do not fit the config; another
+        training has the directory; or its last starts all failed at the same place.
       Interrupted: by SIGINT or SIGTERM, after a checkpoint.
       NonFiniteError: a loss or gradient was not finite: checkpoints stay as they were; or a result.
       CheckpointError: a checkpoint could not be written, or all are damaged.
+      ReadError: images cannot be read; after a checkpoint, on a single host.
+      LostError: another training has taken the directory.
     """
     job = make_job(config)
     source = open_source(config, batch_size=config.train.batch_size)
+    check_agreement(config, workdir, source)
     evaluators = evaluators_of(job, say)
     directory = RunDirectory.of(workdir)
-    directory.save_config(config)
     say(headline(job, source))
     say(f"writing to {directory.path}")
     seeded = job.layout.replicated, job.sharding
@@ -52,12 +69,66 @@ def train(config: ml_collections.ConfigDict, workdir: str, say: Callable[[str], 
         return [state], [metrics]
 
     with contextlib.ExitStack() as stack:
-        watch = stack.enter_context(Watch())
-        lane = Lane(stack, job, directory, evaluators, watch, say)
-        lane.begin(source, nbytes(source) <= config.data.resident_bytes)
-        run_lanes([lane], lambda group: call, watch, say)
+        clock, watch = watched(stack, config, started)
+        lock = take(stack, directory, say)
+        directory.check_resumable(config, force, say)
+        lane = Lane(stack, job, directory, evaluators, watch, clock, lock, say)
+        session.agree("where they go on", {"step": lane.step})
+        directory.save_config(config)
+        lane.begin(source, nbytes(source) <= config.data.resident_bytes, force)
+        run_lanes([lane], lambda group: call, watch, clock, say)
         if lane.error:
             raise lane.error
+        say(lane.lives.summary())
+
+
+def watched(
+    stack: contextlib.ExitStack, config: ml_collections.ConfigDict, started: float | None
+) -> tuple[Clock, Watch]:
+    """The clock of this process, and who hears signals and notices that it hangs."""
+    clock = Clock(started)
+    stack.callback(clock.close)
+    watch = stack.enter_context(Watch(config.parallel.hang_seconds, clock.describe))
+    if of_all := session.current():
+        of_all.doing, of_all.waited = clock.describe, lambda: clock.seconds_of("input")
+    return clock, watch
+
+
+def check_agreement(config: ml_collections.ConfigDict, workdir: str, source: Source) -> None:
+    """Checks that all hosts run the same code on the same config, images and kind of device.
+
+    Raises:
+      RequestError: names the host and the difference.
+    """
+    facts = {f"config.{key}": config_lib.get(config, key) for key in config_lib.FIELDS}
+    facts |= {
+        "the code's digest": manifest.source_digest(),
+        "jax": jax.__version__,
+        "the run directory": str(workdir),
+        "the images' fingerprint": fingerprint(source),
+        "the number of devices": jax.local_device_count(),
+        "the kind of device": jax.local_devices()[0].device_kind,
+    }
+    session.agree("what they train", facts)
+
+
+def take(
+    stack: contextlib.ExitStack, directory: RunDirectory, say: Callable[[str], None]
+) -> Lock | None:
+    """The lock of a run's directory, on the first host; all hosts see that it is the same one.
+
+    Raises:
+      RequestError: another training has it; or the hosts have no disk in common.
+    """
+    held = None
+    if jax.process_index() == 0:
+        held = stack.enter_context(hold(directory.path, say))
+    session.gather("taking the run directory", None)
+    session.agree(
+        f"what {directory.path} holds (all need the same disk, or gs://)",
+        {"the holder of the lock": holder(directory.path) if session.current() else None},
+    )
+    return held
 
 
 def evaluators_of(job: Job, say: Callable[[str], None]) -> list[Evaluator]:
@@ -88,6 +159,7 @@ def run_lanes(
     lanes: Sequence[Lane],
     program: Callable[[Sequence[Lane]], Call],
     watch: Watch,
+    clock: Clock,
     say: Callable[[str], None],
 ) -> None:
     """Trains all lanes to their last step and draws their last pictures.
@@ -100,6 +172,7 @@ def run_lanes(
       program: the call that trains these lanes together.
     Raises:
       Interrupted: by SIGINT or SIGTERM, after a checkpoint of each.
+      CheckpointError, ReadError: see `train`.
     """
     # The signal that ended them may have come in between.
     stop = not all(lane.evaluated() for lane in lanes if lane.step)
@@ -113,7 +186,7 @@ def run_lanes(
             break
         steps = sorted({lane.step for lane in going} | {last})
         group = [lane for lane in going if lane.step == steps[0]]
-        stop = _advance(group, program(group), steps[1], watch, say)
+        stop = _advance(group, program(group), steps[1], watch, clock, say)
     sound = [lane for lane in lanes if lane.error is None]
     for lane in sound:
         if stop:
@@ -127,30 +200,62 @@ def run_lanes(
 
 
 def _advance(
-    lanes: Sequence[Lane], call: Call, until: int, watch: Watch, say: Callable[[str], None]
+    lanes: Sequence[Lane],
+    call: Call,
+    until: int,
+    watch: Watch,
+    clock: Clock,
+    say: Callable[[str], None],
 ) -> bool:
     """Trains lanes to a step, or until one of them fails or all shall stop: whether they shall."""
     first, total = lanes[0].step, lanes[0].job.config.train.steps
     stop = False
-    with contextlib.closing(Progress(first, total, jax.process_index() == 0, say)) as progress:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(clock.phase("step"))
+        shown = jax.process_index() == 0
+        progress = stack.enter_context(contextlib.closing(Progress(first, total, shown, say)))
         for lane in lanes:
-            lane.clock = Progress(first, total, False, say)
+            lane.rate = Progress(first, total, False, say)
         while lanes[0].step < until and not stop and not any(lane.error for lane in lanes):
-            images = [lane.batches(lane.step) for lane in lanes]
-            states, metrics = call([lane.state for lane in lanes], images)
+            began, clock.step = time.monotonic(), lanes[0].step
+            with clock.phase("input"):
+                images = _images(lanes)
+            # The first call is traced and compiled; the others only start on their way.
+            with clock.phase("compile" if lanes[0].step == first else "step"):
+                states, metrics = call([lane.state for lane in lanes], images)
             stop = watch.asked()
             for lane, state, of_lane in zip(lanes, states, metrics, strict=True):
                 lane.step_to(state, of_lane)
             if lanes[0].seen > first:
                 progress.update(lanes[0].seen, "loss " + " ".join(lane.loss for lane in lanes))
+                for lane in lanes:
+                    lane.took(time.monotonic() - began)
             if lanes[0].due():
                 sound = [lane for lane in lanes if lane.error is None]
                 with contextlib.ExitStack() as pauses:
                     for lane in sound:
-                        pauses.enter_context(lane.clock.paused())
+                        pauses.enter_context(lane.rate.paused())
                     for lane in sound:
                         lane.act()
+                    sound = [lane for lane in sound if lane.error is None]
                     stop = stop or not all(lane.evaluated() for lane in sound)
         for lane in lanes:
             lane.read()
     return stop
+
+
+def _images(lanes: Sequence[Lane]) -> list[jax.Array]:
+    """The next images of each lane.
+
+    Raises:
+      ReadError: they cannot be read; what was trained until then is saved first, on a single host:
+        of several the others go on waiting for this one.
+    """
+    try:
+        return [lane.batches(lane.step) for lane in lanes]
+    except ReadError:
+        for lane in lanes:
+            lane.read()
+            if lane.error is None and jax.process_count() == 1:
+                lane.stop()
+        raise

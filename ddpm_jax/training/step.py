@@ -25,6 +25,8 @@ class Task:
     """All that a step needs beside the state and the batch; fixed when it is compiled.
 
     Attributes:
+      skip_nonfinite: whether an update whose loss or gradient is not finite is left out, as if the
+        run had gone back and done without that batch.
       loss: in place of `example_losses`, with its arguments, where it is another forward process
         that is to be reversed; num_steps is T of that one, and `process` may be None.
     """
@@ -36,6 +38,7 @@ class Task:
     flip: bool
     seed: int
     microbatches: int = 1
+    skip_nonfinite: bool = False
     loss: Callable[..., tuple[jax.Array, jax.Array]] | None = None
     num_steps: int | None = None
 
@@ -145,7 +148,8 @@ def train_step(
       axis_name: of the devices, under pmap.
     Returns:
       The new state, and float32 metrics: loss; quarter_loss and quarter_share [4], whose ratio is
-      the mean loss over that quarter of 1..T; grad_norm, before clipping; learning_rate.
+      the mean loss over that quarter of 1..T; grad_norm, before clipping; learning_rate; with
+      task.skip_nonfinite also skipped, whether this update was left out.
     """
     index = jnp.arange(images.shape[0])
     if axis_name:
@@ -161,7 +165,13 @@ def train_step(
     )
     metrics["grad_norm"] = optax.tree.norm(grads)
     metrics["learning_rate"] = jnp.asarray(learning_rate(task.train)(state.step), jnp.float32)
-    return State(state.step + 1, params, ema_params, opt_state), metrics
+    new = State(state.step + 1, params, ema_params, opt_state)
+    if task.skip_nonfinite:
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        metrics["skipped"] = ~finite
+        old = dataclasses.replace(state, step=new.step)
+        new = jax.tree.map(lambda there, before: jnp.where(finite, there, before), new, old)
+    return new, metrics
 
 
 def train_call(

@@ -20,14 +20,22 @@ import ml_collections
 import numpy as np
 
 from ddpm_jax import config as config_lib
+from ddpm_jax import session
 from ddpm_jax.config import RequestError
 from ddpm_jax.data import nbytes, open_source, resident_gather
-from ddpm_jax.interruption import Watch
 from ddpm_jax.parallel import Layout
 from ddpm_jax.runs import RunDirectory
 from ddpm_jax.training.job import Job, make_job
 from ddpm_jax.training.lane import Lane
-from ddpm_jax.training.loop import Call, evaluators_of, headline, run_lanes
+from ddpm_jax.training.loop import (
+    Call,
+    check_agreement,
+    evaluators_of,
+    headline,
+    run_lanes,
+    take,
+    watched,
+)
 from ddpm_jax.training.metrics import NonFiniteError
 from ddpm_jax.training.state import State
 from ddpm_jax.training.step import Task, train_call, train_step
@@ -125,6 +133,8 @@ def train_together(
     seeds: Sequence[int],
     say: Callable[[str], None],
     form: str | None = None,
+    force: bool = False,
+    started: float | None = None,
 ) -> None:
     """Trains a run of each seed until `train.steps`, in one program; see `loop.train`.
 
@@ -141,11 +151,13 @@ def train_together(
       workdir: the runs' directories, with {seed} in the place of the seed.
       say: prints a line.
       form: see `compile_together`.
+      force, started: see `loop.train`.
     Raises:
       RequestError: seeds, data, devices or the directories do not fit the config.
       Interrupted: by SIGINT or SIGTERM, after a checkpoint of each.
       NonFiniteError: losses, gradients or results of some were not finite; the others are finished.
       CheckpointError: a checkpoint could not be written, or all of a run are damaged.
+      ReadError, LostError: see `loop.train`.
     """
     directories = {seed: RunDirectory.of(workdir_of(workdir, seed)) for seed in seeds}
     if len(directories) < len(seeds):
@@ -158,12 +170,10 @@ def train_together(
     jobs = {seed: job for seed, job in zip(seeds, _jobs(config, seeds), strict=True)}
     source = open_source(config, batch_size=config.train.batch_size)
     says = {seed: functools.partial(_say_of, say, seed) for seed in seeds}
+    check_agreement(config, workdir, source)
     evaluators_of(jobs[seeds[0]], say)  # All is found to fit before a directory is written.
     for seed, directory in directories.items():
-        if directory.config.exists():
-            directory.check_resumable(jobs[seed].config)
-    for seed, directory in directories.items():
-        directory.save_config(jobs[seed].config)
+        directory.check_resumable(jobs[seed].config, force, says[seed])
     layout, first = jobs[seeds[0]].layout, jobs[seeds[0]]
     form = form or form_of(layout)
     say(headline(first, source, len(seeds)))
@@ -175,18 +185,34 @@ def train_together(
         return compile_together(layout, first.task, members, first.sharding, form)
 
     with contextlib.ExitStack() as stack:
-        watch = stack.enter_context(Watch())
-        every = (
-            Lane(stack, jobs[s], directories[s], evaluators_of(jobs[s], says[s]), watch, says[s])
+        clock, watch = watched(stack, config, started)
+        locks = {s: take(stack, directories[s], says[s]) for s in seeds}
+        every = [
+            Lane(
+                stack,
+                jobs[s],
+                directories[s],
+                evaluators_of(jobs[s], says[s]),
+                watch,
+                clock,
+                locks[s],
+                says[s],
+            )
             for s in seeds
-        )
+        ]
+        session.agree("where they go on", {f"seed {k}": x.step for k, x in enumerate(every)})
+        for s in seeds:
+            directories[s].save_config(jobs[s].config)
         lanes = [lane for lane in every if not lane.finished()]
         if lanes:
             fits = nbytes(source) <= config.data.resident_bytes
             gather = fits and resident_gather(source, layout.split(1))  # One for all.
             for lane in lanes:
-                lane.begin(source, gather)
-            run_lanes(lanes, program, watch, say)
+                lane.begin(source, gather, force)
+            run_lanes(lanes, program, watch, clock, say)
+            for lane in lanes:
+                lane.lives.failure = str(lane.error or "")
+            say(lanes[0].lives.summary())
     failed = [f"seed {lane.job.config.seed}: {lane.error}" for lane in lanes if lane.error]
     if failed:
         raise NonFiniteError("; ".join(failed))

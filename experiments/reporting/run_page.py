@@ -136,7 +136,11 @@ def training(run: RunData) -> Section:
     ]
     shown = {"step", *(k for r in lines for k in r if k.startswith("loss"))}
     others = [k for k in dict.fromkeys(k for r in lines for k in r) if k not in shown]
-    for key in others:
+    if times := [key for key in others if key.startswith("time/")]:
+        choices = [Choice(key[5:], Axis(key[5:]), [curve(lines, key)]) for key in times]
+        text = "Seconds of each phase over all starts, the share of steps, and of single steps."
+        figures.append(Plot("training-time", "Where the time went", text, step, choices))
+    for key in [key for key in others if key not in times]:
         if key == "images_per_second":  # Steps a second times the batch size.
             continue
         title = key.replace("_", " ").capitalize()

@@ -151,6 +151,7 @@ def curves(sweep: SweepData) -> Section | Missing:
     everything = [r for run in sweep.runs for r in run.records]
     keys = [k for k in dict.fromkeys(k for r in everything for k in r) if k != "step"]
     keys = [k for k in keys if not k.endswith("_error") and k != "images_per_second"]
+    keys = [k for k in keys if not k.startswith("time/")]
     choices, most = [], max(100, MOST_POINTS * 4 // len(sweep.runs))
     for key in sorted(keys, key=lambda k: not k.startswith("loss")):
         series = []
