@@ -1,5 +1,6 @@
 """Batches by position, on one device, on eight and over two processes."""
 
+import logging
 import os
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from ddpm_jax.data import (
     ReadError,
     RecordSource,
     batch_positions,
+    pipeline,
     random_flip,
     to_float,
     to_uint8,
@@ -245,3 +247,134 @@ def test_two_processes_equal_one(tmp_path):
     for resident in (True, False):
         halves = [np.load(tmp_path / f"{i} {resident}.npy") for i in range(2)]
         np.testing.assert_array_equal(np.concatenate(halves, 1), expected(IMAGES, 7, 6, 8, 3))
+
+
+# Reads that never end.
+
+
+class Stuck(RecordSource):
+    """Ten images; reading those at `stuck` waits until `go` is set."""
+
+    def __init__(self, stuck):
+        self.stuck, self.go = set(stuck), threading.Event()
+
+        def read(position):
+            if position in self.stuck:
+                assert self.go.wait(300)
+            return (IMAGES[position],)
+
+        where = "image {}.png".format
+        super().__init__("made", "train", (2, 3, 1), 10, read, where, [])
+
+
+@pytest.fixture
+def stuck():
+    """Batch 2 of these has an image that does not come."""
+    source = Stuck([batch_positions(0, 2, 2, 10)[1]])
+    yield source
+    source.go.set()
+
+
+def test_images_that_do_not_come_are_read_again_by_another_thread(stuck, caplog):
+    [bad] = stuck.stuck
+    kwargs = {"stall_seconds": 0.5, "attempts": 100}  # Others may be slow here, but not for long.
+    with Batches(stuck, 0, 2, 1, one_device(), resident=False, **kwargs) as batches:
+        batches(0), batches(1)
+
+        def release(record):
+            stuck.stuck.clear()  # For those who ask again; the first thread stays where it is.
+            return True
+
+        logging.getLogger("ddpm_jax.data.pipeline").addFilter(release)
+        try:
+            for step in (2, 3, 4):
+                np.testing.assert_array_equal(batches(step), expected(IMAGES, 0, step, 2, 1))
+        finally:
+            logging.getLogger("ddpm_jax.data.pipeline").removeFilter(release)
+        assert not stuck.go.is_set()
+    assert caplog.messages[0] == (
+        "the images of step 2 have not come for 0.5 s (made train, reading "
+        f"image {bad}.png); reading them again, attempt 2 of 100"
+    )
+
+
+def test_images_that_never_come(stuck, caplog):
+    [bad] = stuck.stuck
+    with Batches(
+        stuck, 0, 2, 1, one_device(), resident=False, stall_seconds=0.3, attempts=3
+    ) as batches:
+        with pytest.raises(ReadError) as caught:
+            batches(2)
+        assert str(caught.value) == (
+            "the images of step 2 have not come for 0.3 s (made train, reading "
+            f"image {bad}.png), asked 3 times; mend the storage, or allow more time with "
+            "--config.data.stall_seconds"
+        )
+        assert [message[-14:] for message in caplog.messages] == [
+            "attempt 2 of 3",
+            "attempt 3 of 3",
+        ]
+        stuck.go.set()
+        np.testing.assert_array_equal(batches(2), expected(IMAGES, 0, 2, 2, 1))
+
+
+def test_a_time_limit_of_zero_is_none(stuck):
+    with Batches(stuck, 0, 2, 1, one_device(), resident=False, stall_seconds=0) as batches:
+        threading.Timer(0.3, stuck.go.set).start()
+        np.testing.assert_array_equal(batches(2), expected(IMAGES, 0, 2, 2, 1))
+
+
+def test_a_reading_error_of_time_is_no_stall():
+    class Late(ArraySource):
+        def images(self, positions):
+            raise TimeoutError("by the file system")
+
+    source = Late("made", "train", IMAGES)
+    with (
+        Batches(source, 0, 2, 1, one_device(), resident=False) as batches,
+        pytest.raises(TimeoutError, match="by the file system"),
+    ):
+        batches(0)
+
+
+def test_closing_does_not_wait_for_a_read_that_hangs(stuck, monkeypatch):
+    monkeypatch.setattr(pipeline, "CLOSING_SECONDS", 0.05)
+    batches = Batches(stuck, 0, 2, 1, one_device(), resident=False)
+    batches(0)  # Step 2 is read ahead.
+    closing = threading.Thread(target=batches.close, daemon=True)
+    closing.start()
+    closing.join(60)
+    assert not closing.is_alive() and not stuck.go.is_set()
+
+
+HANG = """
+import threading, numpy as np, jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from ddpm_jax.data import Batches, RecordSource
+read = lambda position: threading.Event().wait()
+source = RecordSource("made", "train", (2, 3, 1), 10, read, "image {}.png".format, [])
+one = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), P(None, "data"))
+Batches(source, 0, 2, 1, one, resident=False, stall_seconds=0.1, attempts=2)(0)
+"""
+
+
+def test_a_process_ends_whose_reads_hang():
+    run = subprocess.run(
+        [sys.executable, "-c", HANG], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert run.returncode == 1
+    assert "ReadError: the images of step 0 have not come for 0.1 s (made train" in run.stderr
+
+
+def test_hanging_reads_of_an_earlier_attempt_are_not_named(stuck):
+    [bad] = stuck.stuck
+    reading = threading.Thread(target=stuck.images, args=(np.array([bad]),), daemon=True)
+    before = time.monotonic()
+    reading.start()
+    while stuck.slowest(before) is None:
+        time.sleep(0.01)
+    assert stuck.slowest(before) == f"image {bad}.png"
+    assert stuck.slowest(time.monotonic()) is None
+    stuck.go.set()
+    reading.join()
+    assert stuck.slowest(before) is None

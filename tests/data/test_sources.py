@@ -1,5 +1,7 @@
 """Sources against scikit-learn's digits, and against files and records made here."""
 
+import collections
+import hashlib
 import importlib.resources.abc
 import io
 import os
@@ -15,8 +17,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddpm_jax import bounded
 from ddpm_jax.config import RequestError, default_config, load_file
-from ddpm_jax.data import RecordSource, folder, nbytes, open_source, records
+from ddpm_jax.data import (
+    ArraySource,
+    ReadError,
+    RecordSource,
+    fingerprint,
+    folder,
+    nbytes,
+    open_source,
+    records,
+)
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
@@ -271,6 +283,126 @@ def test_folder_without_a_cache(pictures, tmp_path, caplog):
     assert str(root / "torn.png") in refusal(config)
 
 
+# Files that cannot be read, or not at once.
+
+
+@pytest.fixture
+def flaky():
+    """A source of five images whose middle one fails as often as `fails` says, and its pauses."""
+    images, pauses = np.arange(5 * 4, dtype=np.uint8).reshape(5, 2, 2, 1), []
+
+    def make(fails, attempts):
+        left = [fails]
+
+        def read(position):
+            if position == 2 and left[0]:
+                left[0] -= 1
+                raise OSError(5, "Input/output error\nof a disk")
+            return (images[position],)
+
+        where = "disk/{}.png".format
+        kwargs = {"attempts": attempts, "pause": pauses.append}
+        return RecordSource("made", "train", (2, 2, 1), 5, read, where, [], **kwargs)
+
+    return make, images, pauses
+
+
+@pytest.mark.parametrize(("fails", "attempts"), [(1, 3), (2, 3), (4, 5)])
+def test_an_image_is_read_again(flaky, caplog, fails, attempts):
+    make, images, pauses = flaky
+    np.testing.assert_array_equal(everything(make(fails, attempts)), images)
+    np.testing.assert_allclose(pauses, [0.1 * (k + 1) for k in range(fails)])
+    assert caplog.messages == [
+        "disk/2.png cannot be read (OSError: [Errno 5] Input/output error of a disk); "
+        f"reading it again, attempt {k + 2} of {attempts}"
+        for k in range(fails)
+    ]
+
+
+@pytest.mark.parametrize(("attempts", "said"), [(1, "once"), (3, "3 times")])
+def test_an_image_that_stays_unreadable(flaky, tmp_path, caplog, attempts, said):
+    make, _, pauses = flaky
+    message = (
+        f"disk/2.png cannot be read (OSError: [Errno 5] Input/output error of a disk), tried {said}"
+    )
+    with pytest.raises(ReadError) as caught:
+        everything(make(100, attempts))
+    assert str(caught.value) == message
+    assert len(pauses) == len(caplog.messages) == attempts - 1
+    for in_memory in (True, False):
+        with pytest.raises(RequestError) as refused:
+            records.decode_once(make(100, attempts), tmp_path / "cache", in_memory)
+        assert str(refused.value) == f"config.data: {message}; replace or remove it"
+    assert os.listdir(tmp_path / "cache") == []
+
+
+def test_a_folder_on_a_bad_disk(pictures, monkeypatch):
+    config, root = pictures
+    made = [picture(np.random.default_rng(7)) for _ in range(3)]
+    for index, image in enumerate(made):
+        Image.fromarray(image).save(root / f"{index}.png")
+    opened = collections.Counter()
+
+    def open_image(path):
+        opened[path.name] += 1
+        if path.name == "1.png" and opened["1.png"] < 4:
+            raise OSError(5, "Input/output error")
+        return bounded.open_image(path)
+
+    monkeypatch.setattr(folder, "open_image", open_image)
+    monkeypatch.setattr(records, "PAUSE", 0.0)
+    assert f"{root / '1.png'} cannot be read" in refusal(config)
+    assert opened["1.png"] == 3  # The config's default.
+    config.data.read_attempts = 1
+    opened.clear()
+    assert refusal(config).count("tried once") == 1
+    config.data.read_attempts = 4
+    opened.clear()
+    np.testing.assert_array_equal(everything(open_source(config)), made)
+    assert opened == {"0.png": 1, "1.png": 4, "2.png": 1}
+
+
+# Fingerprints.
+
+
+def fake(images):
+    return ArraySource("fake", "train", images)
+
+
+def test_a_fingerprint_is_of_what_is_read(digits, flaky):
+    images = np.random.default_rng(8).integers(0, 256, (200, 3, 2, 1)).astype(np.uint8)
+    kept = fingerprint(fake(images))
+    assert re.fullmatch("[0-9a-f]{16}", kept)
+    places = [int(199 * k / 63) for k in range(64)]
+    content = b"(200, 3, 2, 1)" + b"".join(images[k].tobytes() for k in places)
+    assert kept == hashlib.sha256(content).hexdigest()[:16]
+    assert fingerprint(ArraySource("other", "test", images, np.arange(200))) == kept
+    others = [images[:199], images[::-1], images[1:], images.reshape(200, 2, 3, 1), images[:1]]
+    for place in (0, 199, places[31]):
+        others.append(images.copy())
+        others[-1][place, 2, 1, 0] ^= 1
+    found = {fingerprint(fake(other)) for other in others}
+    assert len(found) == len(others) and kept not in found
+    make, images, _ = flaky
+    assert fingerprint(make(1, 2)) == fingerprint(fake(images))
+    assert fingerprint(open_source(digits)) != fingerprint(open_source(digits, "test"))
+
+
+def test_a_fingerprint_is_cheap():
+    asked = []
+
+    class Counted(ArraySource):
+        def images(self, positions):
+            asked.extend(positions)
+            return np.zeros((len(positions), 2, 2, 1), np.uint8)
+
+        def __len__(self):
+            return 3_000_000
+
+    fingerprint(Counted("large", "train", np.zeros((1, 2, 2, 1), np.uint8)))
+    assert len(set(asked)) == len(asked) == 64 and (min(asked), max(asked)) == (0, 2_999_999)
+
+
 # TensorFlow Datasets.
 
 
@@ -469,6 +601,75 @@ def test_tfds_requests_that_do_not_fit(tiny, tfds_dir, tmp_path):
     file.unlink()
     tiny.data.update(name="tiny", data_dir=str(tmp_path))
     assert str(file) in refusal(tiny)
+
+
+def test_tfds_names_no_class_of_another_package(tiny, tfds_dir, tmp_path, monkeypatch):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/evil_features.py").write_text("raise SystemExit('run')")
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    shutil.copytree(tfds_dir / "tiny", tmp_path / "tiny")
+    tiny.data.data_dir = str(tmp_path)
+    assert len(open_source(tiny)) == 20
+    file = tmp_path / "tiny/1.0.0/features.json"
+    whole = file.read_text(encoding="utf-8")
+    named = '"pythonClassName": "tensorflow_datasets.core.features.class_label_feature.ClassLabel"'
+    assert named in whole
+    for key in ("pythonClassName", "python_class_name", "type"):
+        file.write_text(whole.replace(named, f'"{key}": "evil_features.Label"'), encoding="utf-8")
+        message = refusal(tiny)
+        assert f"{file} asks to run evil_features.Label" in message
+    for damage in (whole[:-9], "[" * 100_000, "\xff"):
+        file.write_text(damage, encoding="latin-1")
+        assert f"{file} is damaged" in refusal(tiny)
+
+
+# Places of every kind.
+
+
+def times(root):
+    """Of all there: whatever is made or removed in a folder, even for a moment, changes its time."""
+    return {path: path.stat().st_mtime_ns for path in (root, *root.rglob("*"))}
+
+
+@pytest.mark.parametrize("umask", [0o077, 0])
+@pytest.mark.parametrize("cache", ["cache of Åse", "a file/cache"])
+def test_nothing_is_written_into_the_data(config, tfds_dir, tmp_path, umask, cache, caplog):
+    lmdb = pytest.importorskip("lmdb")
+    root = tmp_path / "read only of Žofie"
+    shutil.copytree(tfds_dir / "tiny", root / "sets é/tiny")
+    made = [np.full((6, 6), 20 * k, np.uint8) for k in range(4)]
+    (root / "faces ñ").mkdir()
+    for index, image in enumerate(made):
+        Image.fromarray(image).save(root / f"faces ñ/{index} ö.png")
+    (root / "lsun/cat_train_lmdb").mkdir(parents=True)
+    with (
+        lmdb.open(str(root / "lsun/cat_train_lmdb"), map_size=2**20) as environment,
+        environment.begin(write=True) as transaction,
+    ):
+        for index, image in enumerate(made):
+            transaction.put(b"%d" % index, encoded(image).getvalue())
+    (root / "lsun/cat_train_lmdb/lock.mdb").unlink()
+    (tmp_path / "a file").write_text("")
+    config.data.update(image_size=6, channels=1, cache_dir=str(tmp_path / cache))
+    before, old = times(root), os.umask(umask)
+    for path in before:  # The superuser may still write, so the times are compared as well.
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        for name, place in (("folder", "faces ñ"), ("lsun_lmdb/cat", "lsun"), ("tiny", "sets é")):
+            config.data.update(name=name, data_dir=str(root / place))
+            images = everything(open_source(config))
+            if name != "tiny":
+                np.testing.assert_array_equal(images[..., 0], made)
+        assert len(images) == 20
+    finally:
+        os.umask(old)
+        for path in before:
+            path.chmod(0o755 if path.is_dir() else 0o644)
+    assert times(root) == before
+    kept = [*(tmp_path / cache).iterdir()] if cache.startswith("cache") else []
+    assert len(kept) == (4 if kept else 0)  # Of each set the images, of the LMDB also its keys.
+    assert all(path.stat().st_mode & 0o777 == 0o666 & ~umask for path in kept)
+    assert sum("config.data.cache_dir" in m for m in caplog.messages) == (0 if kept else 4)
 
 
 # CelebA-HQ, both ways.
