@@ -1,8 +1,8 @@
 """Files that somebody else may have made, read with a bound on what they can cost.
 
 Nothing in a file is run or unpickled, and no memory is taken for what a file only claims to hold.
-Whatever is wrong with a file, the answer is a ValueError (or OSError, where it cannot be opened)
-whose message goes on after the file's name.
+Whatever is wrong with a file, the answer is a ValueError whose message goes on after the file's
+name, or an OSError where reading it fails.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import struct
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 # Compressed arrays may be so many times as large as their file, or as this many bytes.
 _RATIO, _LEAST = 64, 2**28
+_MOST_HEADER = 2**16  # Bytes of a .npy file's.
 
 
 def read_bytes(path: epath.PathLike, most: int = MOST_TEXT) -> bytes:
@@ -99,29 +101,52 @@ def read_arrays(path: epath.PathLike, names: Sequence[str] = ()) -> dict[str, np
 def _members(archive: zipfile.ZipFile, size: int) -> list[zipfile.ZipInfo]:
     """Checked to be no larger together than an honest file of this size can hold."""
     members = archive.infolist()
-    stored = all(info.compress_type == zipfile.ZIP_STORED for info in members)
+    methods = {info.compress_type for info in members}
+    if not methods <= {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+        raise ValueError("it is compressed in a way that NumPy's files are not")
     claimed = sum(info.file_size for info in members)
-    if claimed > min(MOST_ARRAYS, size if stored else max(_RATIO * size, _LEAST)):
+    most = max(_RATIO * size, _LEAST) if zipfile.ZIP_DEFLATED in methods else size
+    if claimed > min(MOST_ARRAYS, most):
         raise ValueError(f"it claims to hold {claimed:,} bytes in {size:,}")
     return members
 
 
 def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
     with archive.open(info) as file:
-        version = np.lib.format.read_magic(file)
+        _, dtype, _, needed = _header(file, info.file_size)
+    if dtype.kind in "SU" and needed > MOST_TEXT:
+        raise ValueError(f"it has a text of {needed:,} bytes, more than {MOST_TEXT:,}")
+    with archive.open(info) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def map_array(path: epath.PathLike) -> np.ndarray:
+    """The array of a .npy file in C order, mapped from the disk.
+
+    Raises:
+      ValueError: it is not a whole one.
+    """
+    with open(path, "rb") as file:
+        shape, dtype, start, _ = _header(file, os.fstat(file.fileno()).st_size)
+    return np.asarray(np.memmap(path, dtype, "r", start, shape))
+
+
+def _header(file: BinaryIO, size: int) -> tuple[tuple[int, ...], np.dtype, int, int]:
+    """Shape, dtype, and where and how long the content of a .npy file of `size` bytes is."""
+    start = io.BytesIO(file.read(_MOST_HEADER))
+    try:
+        version = np.lib.format.read_magic(start)
         readers = {
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
         }
-        shape, _, dtype = readers[version](file)
-        most = MOST_TEXT if dtype.kind in "SU" else MOST_ARRAYS
-        needed = math.prod(shape) * dtype.itemsize
-        if dtype.hasobject or min(shape, default=0) < 0:
-            raise ValueError(f"its array {info.filename} is of Python's objects, or of no shape")
-        if needed != info.file_size - file.tell() or needed > most:
-            raise ValueError(f"its array {info.filename} claims {needed:,} bytes")
-    with archive.open(info) as file:
-        return np.lib.format.read_array(file, allow_pickle=False)
+        shape, _, dtype = readers[version](start)
+    except Exception as error:  # A crafted header raises errors of every kind.
+        raise ValueError("it is not a whole array") from error
+    needed = math.prod(shape) * dtype.itemsize
+    if dtype.hasobject or min(shape, default=0) < 0 or needed != size - start.tell():
+        raise ValueError(f"its array {dtype} {list(shape)} is of objects, or not all of it there")
+    return shape, dtype, start.tell(), needed
 
 
 def read_tensors(

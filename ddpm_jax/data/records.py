@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ddpm_jax.bounded import map_array
 from ddpm_jax.config import RequestError
 from ddpm_jax.data.threads import run_all
 
@@ -173,8 +174,8 @@ def _decoded(source: RecordSource, path: pathlib.Path, in_memory: bool) -> np.nd
 def load_table(path: pathlib.Path) -> np.ndarray | None:
     """The array that `save_table` wrote, mapped from its file; None if missing or damaged."""
     try:
-        return np.asarray(np.lib.format.open_memmap(path, mode="r"))
-    except (FileNotFoundError, ValueError):  # ValueError: not a whole .npy file.
+        return map_array(path)
+    except (FileNotFoundError, ValueError):
         return None
 
 

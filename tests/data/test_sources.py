@@ -627,7 +627,7 @@ def test_tfds_names_no_class_of_another_package(tiny, tfds_dir, tmp_path, monkey
 
 
 def times(root):
-    """Of all there: whatever is made or removed in a folder, even for a moment, changes its time."""
+    """Of all there: what is made or removed in a folder, even for a moment, changes its time."""
     return {path: path.stat().st_mtime_ns for path in (root, *root.rglob("*"))}
 
 
