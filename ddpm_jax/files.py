@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, TypeVar
 from etils import epath
 
 A_DAY = 86400  # Seconds.
-ANSWER_SECONDS = 30.0  # In which a bucket must answer.
+ANSWER_SECONDS = 20.0  # In which a bucket must answer.
 REMOTE_SECONDS = 30.0  # Between two writes of the same object.
 REMOTE_SHARE = 0.02  # Of the time, at most, goes into writing objects again.
 

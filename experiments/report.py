@@ -54,7 +54,9 @@ def write(shown: str, out: str | None = None, sweep: bool = False) -> epath.Path
         if target.is_dir():
             raise RequestError(f"--out={out} is a directory; name a file, e.g. {out}/report.html")
     except ImportError:
-        raise RequestError(f"--out={out}: gs:// paths need gcsfs; pip install gcsfs") from None
+        raise RequestError(
+            f"--out={out}: gs:// paths need gcsfs: pip install 'ddpm_jax[gcs]'"
+        ) from None
     whole = sweep or is_sweep(shown)
     page = sweep_page(read_sweep(shown), target) if whole else run_page(read_run(shown))
     now = datetime.datetime.now(datetime.UTC).isoformat(" ", "minutes").removesuffix("+00:00")

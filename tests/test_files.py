@@ -15,6 +15,7 @@ import time
 import numpy as np
 import pytest
 from etils import epath
+from runs_for_tests import arguments, start
 
 from ddpm_jax import files
 from ddpm_jax.config import RequestError, default_config
@@ -310,6 +311,37 @@ def test_directories_of_any_name_or_behind_a_link(tmp_path, monkeypatch):
     assert len(directory.load_starts()) == 3
     assert {"config.json", "provenance.json", "metrics.jsonl"} <= set(os.listdir(tmp_path / ODD))
     assert directory.load_config() == default_config()
+
+
+def test_a_directory_whose_name_is_no_text_is_refused(tmp_path):
+    with pytest.raises(RequestError, match=r"'.*caf\\udce9' is not UTF-8 text; .* PYTHONUTF8=1"):
+        RunDirectory.of(str(tmp_path / os.fsdecode(b"caf\xe9")))
+
+
+def test_a_run_in_the_c_locale(tmp_path, monkeypatch):
+    """Its directory has letters that no old locale knows."""
+    monkeypatch.setenv("LC_ALL", "C")
+    process = start(arguments(tmp_path / ODD, train__steps=5))
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    (record,) = (tmp_path / ODD / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(record)["step"] == 5
+    assert RunDirectory.of(tmp_path / ODD).load_config().train.steps == 5
+
+
+def test_without_gcsfs_one_line_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(RequestError, match=r"gs://b/x: .*pip install 'ddpm_jax\[gcs\]'"):
+        RunDirectory.of("gs://b/x")
+
+
+def test_a_bucket_that_cannot_be_reached_is_refused(monkeypatch):
+    def answer(path, ask):
+        raise TimeoutError(errno.ETIMEDOUT, "no answer within 20 s", path)
+
+    monkeypatch.setattr(files, "answer", answer)
+    with pytest.raises(RequestError, match="gs://b/x cannot be reached: no answer within 20 s"):
+        RunDirectory.of("gs://b/x")
 
 
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path):

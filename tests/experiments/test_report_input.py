@@ -170,7 +170,7 @@ def test_flags_that_make_no_sense(tmp_path, capsys):
 def test_without_gcsfs_one_line_says_how_to_get_it(tmp_path, capsys, monkeypatch):
     run = made.make_run(tmp_path / "run")
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    why = "gs:// paths need gcsfs; pip install gcsfs"
+    why = "gs:// paths need gcsfs: pip install 'ddpm_jax[gcs]'"
     refused(capsys, ["--run=gs://bucket/x"], f"error: gs://bucket/x: {why}")
     out = "--out=gs://bucket/x.html"
     refused(capsys, [f"--run={run.path}", out], f"error: {out}: {why}")
