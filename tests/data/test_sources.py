@@ -11,6 +11,7 @@ import shlex
 import shutil
 import sys
 import tarfile
+import threading
 import types
 
 import numpy as np
@@ -334,6 +335,15 @@ def test_an_image_that_stays_unreadable(flaky, tmp_path, caplog, attempts, said)
             records.decode_once(make(100, attempts), tmp_path / "cache", in_memory)
         assert str(refused.value) == f"config.data: {message}; replace or remove it"
     assert os.listdir(tmp_path / "cache") == []
+
+
+def test_decoding_keeps_no_process_alive():
+    def read(position):
+        assert threading.current_thread().daemon
+        return (np.zeros((2, 2, 1), np.uint8),)
+
+    assert not threading.current_thread().daemon
+    everything(RecordSource("made", "train", (2, 2, 1), 5, read, str, [], attempts=1))
 
 
 def test_a_folder_on_a_bad_disk(pictures, monkeypatch):
