@@ -17,6 +17,12 @@ if OURS not in os.environ:
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ[OURS]
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--long", action="store_true", help="the long forms of the layout and fault tests"
+    )
+
+
 def pytest_unconfigure(config):
     """The first process removes the cache when all others have ended."""
     if not hasattr(config, "workerinput"):
