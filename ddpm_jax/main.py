@@ -218,8 +218,8 @@ def _unexpected(error: Exception) -> tuple[int, str]:
     of_all = session.current()
     if of_all is None:
         raise error
-    traceback.print_exception(error)
     of_all.await_verdict(error)
+    traceback.print_exception(error)
     return 1, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 

@@ -41,18 +41,29 @@ class Session:
       waited: how many seconds it has waited for its images.
     """
 
-    def __init__(self, client: Any, index: int, count: int, host_seconds: float):
+    def __init__(
+        self,
+        client: Any,
+        index: int,
+        count: int,
+        host_seconds: float,
+        beat_seconds: float = BEAT_SECONDS,
+        end: Callable[[int], None] = os._exit,
+    ):
         """Joins the others.
 
         Args:
           client: of JAX's coordination service.
           index, count: of this process, and how many there are.
           host_seconds: how long a process may be silent before the others end.
+          beat_seconds: how often it tells that it lives.
+          end: ends the process with a code, from any thread.
         """
         self.doing: Callable[[], str] = lambda: "starting"
         self.waited: Callable[[], float] = lambda: 0.0
         self.index, self.count = index, count
         self._client, self._host_seconds = client, host_seconds
+        self._beat_seconds, self._end_process = beat_seconds, end
         self._names: dict[int, str] = {}
         self._gathered = itertools.count()
         self._questions, self._stop_at = 0, None
@@ -63,8 +74,13 @@ class Session:
         self._reached = now
         self._heard = {k: (None, now) for k in range(count) if k != index}
         self._set("name", f"{socket.gethostname()}")
-        for work in (self._live, self._guard):
-            threading.Thread(target=work, name=work.__name__, daemon=True).start()
+        self._start(self._live)
+        self._start(self._guard)
+
+    def _start(self, work: Callable[[], None]) -> threading.Thread:
+        thread = threading.Thread(target=work, name=f"session {work.__name__}", daemon=True)
+        thread.start()
+        return thread
 
     # Agreement.
 
@@ -102,8 +118,7 @@ class Session:
           requested: whether this process was asked to.
         """
         if requested and not self._announced:
-            self._announced = True
-            self._set("stop", "")
+            self._announced = True  # In the thread: process 0 may not answer.
             self._hurry.set()
         with self._stopping:
             self._questions += 1
@@ -111,9 +126,10 @@ class Session:
 
     def _agree_to_stop(self) -> None:
         """Finds the first question that no process has answered yet."""
-        with self._stopping:  # Nobody asks on meanwhile.
+        with self._stopping, contextlib.suppress(jax.errors.JaxRuntimeError):
+            # Nobody asks on meanwhile. Whoever does not come falls silent, or has failed.
             self._set("stop_at", str(self._questions))
-            self._client.wait_at_barrier(f"{ROOT}/stop", round(self._host_seconds * 1000))
+            self._client.wait_at_barrier(f"{ROOT}/stop", round(2 * self._host_seconds * 1000))
             self._stop_at = 1 + max(map(int, self._all("stop_at").values()))
 
     # Watching.
@@ -137,18 +153,19 @@ class Session:
         """Tells the others each second that this process lives, and hears of them."""
         failed_since = None
         for beat in itertools.count():
-            self._hurry.wait(BEAT_SECONDS)
-            self._hurry.clear()
             if self._closed.is_set():
                 return
             try:
                 self._set("beat", json.dumps([beat, self.doing(), self.waited()]))
                 beats, failed = self._all("beat"), self._all("failed")
                 ended = self._all("ended")
-                if self._all("stop") and not self._stop_agreed:
+                if self._announced:
+                    self._set("stop", "")
+                if not self._stop_agreed and self._all("stop"):
                     self._stop_agreed = True
-                    self._agree_to_stop()
+                    self._start(self._agree_to_stop)
             except jax.errors.JaxRuntimeError:  # The guard counts.
+                self._closed.wait(self._beat_seconds)
                 continue
             self._reached = time.monotonic()
             for k, (last, _) in self._heard.items():
@@ -160,12 +177,13 @@ class Session:
                 index, told = min(failed.items())
                 code, message = json.loads(told)
                 self._end(code, f"{self.name(index)} has stopped: {message}")
+            self._hurry.wait(self._beat_seconds)
+            self._hurry.clear()
 
     def _guard(self) -> None:
         """Ends this process when another has been silent for too long."""
-        while not self._closed.wait(BEAT_SECONDS):
-            now = time.monotonic()
-            silent = [k for k, (_, at) in self._heard.items() if now - at > self._host_seconds]
+        while not self._closed.wait(self._beat_seconds):
+            now, silent = time.monotonic(), self._silent()
             if now - self._reached > self._host_seconds:  # Nobody could be heard of.
                 silent = [0]
             if silent and silent != [self.index]:
@@ -173,6 +191,11 @@ class Session:
                 since = f"not been heard of for {self._host_seconds:g} s"
                 have = "has" if len(silent) == 1 else "have"
                 self._end(AGAIN, f"{who} {have} {since}; the same command goes on")
+
+    def _silent(self) -> list[int]:
+        """Who has not been heard of for too long."""
+        now = time.monotonic()
+        return [k for k, (_, at) in self._heard.items() if now - at > self._host_seconds]
 
     def _last_words(self, index: int) -> str:
         beat = self._heard.get(index, (None, 0.0))[0]
@@ -188,7 +211,8 @@ class Session:
         """
         if not any(word in str(error) for word in LOST):
             return
-        print("is another host gone? waiting to hear which one", file=sys.stderr, flush=True)
+        line = str(error).splitlines()[0][:200]
+        print(f"{line}: waiting to hear which host is gone", file=sys.stderr, flush=True)
         time.sleep(self._host_seconds + 2 * GRACE_SECONDS)
 
     def close(self) -> None:
@@ -198,8 +222,12 @@ class Session:
 
     def leave(self, code: int, message: str) -> None:
         """Ends this process at once, and with it the others, whose message names this one."""
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self._set("failed", json.dumps([code, message]))
+
+        def tell() -> None:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                self._set("failed", json.dumps([code, message]))
+
+        self._start(tell).join(GRACE_SECONDS)  # Process 0 may not answer.
         self._exit(code)
 
     def _end(self, code: int, message: str) -> None:
@@ -210,9 +238,10 @@ class Session:
     def _exit(self, code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
-        if self.index == 0:  # With it the store ends, which the others still read.
-            time.sleep(2 * GRACE_SECONDS)
-        os._exit(code)
+        others = set(self._heard) - set(self._silent())
+        if self.index == 0 and others:  # With it the store ends, which they still read.
+            time.sleep(GRACE_SECONDS + 2 * self._beat_seconds)
+        self._end_process(code)
 
     # The store.
 
