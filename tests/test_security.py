@@ -239,6 +239,7 @@ BOMBS = {
     "a huge shape": lambda p: member(p, header((2**40,)) + b"abc"),
     "a shape that overflows": lambda p: member(p, header((2**62, 4)) + b"abc"),
     "a negative shape": lambda p: member(p, header((-1, 3)) + b"abc"),
+    "a shape of negatives": lambda p: member(p, header((-1, -3)) + b"abc"),
     "a huge dtype": lambda p: member(p, header((), f"|V{2**31 - 1}") + b"abc"),
     "a huge size": lambda p: member(p, header((2**40,)) + b"abc", 2**40 + len(header((2**40,)))),
     "a huge size, compressed": lambda p: member(
@@ -285,6 +286,9 @@ def test_a_pickle_among_arrays_is_not_run(tmp_path):
     (tmp_path / "b.npz.npy").rename(tmp_path / "b.npz")
     with pytest.raises(ValueError):
         bounded.read_arrays(tmp_path / "b.npz")
+    (tmp_path / "c.npy").write_bytes(header((1,), "|O") + bytes(8))  # As many as it claims.
+    with pytest.raises(ValueError, match="is of objects"):
+        bounded.map_array(tmp_path / "c.npy")
     assert not made.exists()
     with contextlib.suppress(Exception):
         np.load(path, allow_pickle=True)["images"]

@@ -1,5 +1,6 @@
 """Batches by position, on one device, on eight and over two processes."""
 
+import concurrent.futures
 import logging
 import os
 import socket
@@ -22,6 +23,7 @@ from ddpm_jax.data import (
     batch_positions,
     pipeline,
     random_flip,
+    threads,
     to_float,
     to_uint8,
 )
@@ -256,10 +258,11 @@ class Stuck(RecordSource):
     """Ten images; reading those at `stuck` waits until `go` is set."""
 
     def __init__(self, stuck):
-        self.stuck, self.go = set(stuck), threading.Event()
+        self.stuck, self.go, self.waiting = set(stuck), threading.Event(), 0
 
         def read(position):
             if position in self.stuck:
+                self.waiting += 1
                 assert self.go.wait(300)
             return (IMAGES[position],)
 
@@ -310,12 +313,11 @@ def test_images_that_never_come(stuck, caplog):
             f"image {bad}.png), asked 3 times; mend the storage, or allow more time with "
             "--config.data.stall_seconds"
         )
-        assert [message[-14:] for message in caplog.messages] == [
-            "attempt 2 of 3",
-            "attempt 3 of 3",
-        ]
-        stuck.go.set()
-        np.testing.assert_array_equal(batches(2), expected(IMAGES, 0, 2, 2, 1))
+        assert [m[-14:] for m in caplog.messages] == ["attempt 2 of 3", "attempt 3 of 3"]
+        limit = time.monotonic() + 60
+        while stuck.waiting < 3 and time.monotonic() < limit:
+            time.sleep(0.01)
+        assert stuck.waiting == 3
 
 
 def test_a_time_limit_of_zero_is_none(stuck):
@@ -345,6 +347,24 @@ def test_closing_does_not_wait_for_a_read_that_hangs(stuck, monkeypatch):
     closing.start()
     closing.join(60)
     assert not closing.is_alive() and not stuck.go.is_set()
+
+
+def test_a_worker_that_left_begins_nothing_more():
+    begun, go = [], threading.Event()
+
+    def work(number):
+        begun.append(number)
+        return go.wait(60) and number
+
+    worker = threads.Worker(work, "worker")
+    futures = [worker.submit(number) for number in range(3)]
+    while not begun:
+        time.sleep(0.01)
+    worker.leave()
+    go.set()
+    assert futures[0].result(60) == 0
+    concurrent.futures.wait(futures, 60)
+    assert [future.cancelled() for future in futures] == [False, True, True] and begun == [0]
 
 
 HANG = """
