@@ -379,8 +379,10 @@ class Lane:
     def finish(self) -> None:
         """The last pictures, while the last checkpoint is on its way to the disk."""
         self._say("drawing samples from the moving average of the parameters")
-        samples = self._sample()
-        self.stop()
+        try:
+            samples = self._sample()
+        finally:  # A checkpoint that is not there is worse than a picture.
+            self.stop()
         if not self._first_host:
             return
         rows = samples.x0_path.swapaxes(0, 1)
