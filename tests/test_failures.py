@@ -1,0 +1,359 @@
+"""What can go wrong in a run, each caused here: what is said, what is kept, how it goes on."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import resource
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from runs_for_tests import (
+    ROOT,
+    arguments,
+    assert_equal_states,
+    final_state,
+    lines,
+    start,
+    train,
+)
+
+from ddpm_jax import runs
+from ddpm_jax.data import Batches
+from ddpm_jax.data.records import ReadError
+from ddpm_jax.training import goodput
+from ddpm_jax.training.checkpoints import Checkpoints
+from ddpm_jax.training.job import initial_state, make_job
+from ddpm_jax.training.metrics import NonFiniteError, Window
+from ddpm_jax.training.step import train_step
+
+
+def make_a_batch_fail(monkeypatch, steps):
+    """The images of these steps (counted from 0) become something that no loss is finite of."""
+    original = Batches.__call__
+
+    def call(self, step):
+        images = original(self, step)
+        return images.astype("float32") * np.float32("nan") if step in steps else images
+
+    monkeypatch.setattr(Batches, "__call__", call)
+    from ddpm_jax.training import step as step_module
+
+    # Floats pass as they are; the step is compiled for each kind of image.
+    to_float = step_module.to_float
+    monkeypatch.setattr(step_module, "to_float", lambda x: to_float(x) if x.dtype == "uint8" else x)
+
+
+# Numbers that are none.
+
+
+def test_a_batch_that_is_not_finite_stops_the_run_by_default(tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        make_a_batch_fail(patch, {6})
+        assert train(tmp_path, train__steps=10, train__checkpoint_every=5) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: loss or gradient not finite at step 7: loss nan")
+    state, step = final_state(tmp_path)
+    assert step == 5 and all(np.isfinite(leaf).all() for leaf in state.values())
+
+
+def test_with_skip_its_update_is_left_out_and_nothing_else(tmp_path, capsys, monkeypatch):
+    """The same as by hand: step by step, without that update."""
+    settings = {"train__steps": 10, "train__checkpoint_every": 5, "train__nonfinite": "skip"}
+    with monkeypatch.context() as patch:
+        make_a_batch_fail(patch, {2, 6})
+        assert train(tmp_path, **settings) == 0
+        # And gone on with from between the two.
+        assert train(tmp_path / "b", **settings | {"train__steps": 5}) == 0
+        assert train(tmp_path / "b", **settings) == 0
+    said = capsys.readouterr().out
+    assert "step 3: loss or gradient not finite; the update is left out" in said
+    assert "step 7: loss or gradient not finite; the update is left out" in said
+    state, step = final_state(tmp_path)
+    assert step == 10
+    assert_equal_states(state, final_state(tmp_path / "b")[0])
+    assert lines(tmp_path) == lines(tmp_path / "b")
+    assert [line["skipped_updates"] for line in lines(tmp_path)] == [1, 2]
+
+    job = make_job(runs.RunDirectory.of(tmp_path).load_config())
+    from ddpm_jax.data import open_source
+
+    batches = Batches(open_source(job.config), 0, 8, 1, job.layout.split(1), True)
+    update = jax.jit(functools.partial(train_step, job.task))
+    by_hand = jax.jit(initial_state(job.config, job.task))(np.int32(0))
+    losses = []
+    for k in range(10):
+        if k in (2, 6):
+            by_hand = dataclasses.replace(by_hand, step=by_hand.step + 1)
+        else:
+            by_hand, metrics = update(by_hand, batches(k)[0])
+            losses.append(float(metrics["loss"]))
+    leaves = jax.tree_util.tree_leaves_with_path(by_hand)
+    for path, leaf in leaves:
+        np.testing.assert_allclose(
+            state[jax.tree_util.keystr(path)], leaf, rtol=1e-5, atol=1e-6, err_msg=str(path)
+        )
+    np.testing.assert_allclose(lines(tmp_path)[0]["loss"], np.mean(losses[:4]), rtol=1e-5)
+
+
+def test_with_too_many_of_them_it_stops_all_the_same(tmp_path, capsys, monkeypatch):
+    make_a_batch_fail(monkeypatch, {1, 2, 3})
+    assert train(tmp_path, train__nonfinite="skip", train__max_skipped=2) == 1
+    error = capsys.readouterr().err
+    assert "3 updates were not finite and left out, more than train.max_skipped=2" in error
+    assert "at steps 2, 3, 4" in error
+
+
+def test_a_window_takes_the_finite_steps_alone():
+    window = Window()
+    metrics = {
+        "loss": np.array([1.0, np.nan, 3.0]),
+        "grad_norm": np.array([2.0, np.inf, 4.0]),
+        "learning_rate": np.ones(3),
+        "quarter_loss": np.ones((3, 4)),
+        "quarter_share": np.full((3, 4), 0.25),
+        "skipped": np.array([False, True, False]),
+    }
+    assert window.add(9, metrics) == [8]
+    assert window.scalars()["loss"] == 2.0 and window.scalars()["grad_norm"] == 3.0
+    with pytest.raises(NonFiniteError, match="at step 8:"):
+        Window().add(9, metrics | {"skipped": np.zeros(3, bool)})
+
+
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
+    checkpoints = Checkpoints(epath.Path(tmp_path))
+    checkpoints.save(1, {"w": jnp.ones(3)}, {})
+    with pytest.raises(NonFiniteError, match="w is not finite and is not saved"):
+        checkpoints.save(2, {"w": jnp.array([1.0, np.inf, 1.0])}, {})
+    checkpoints.wait()
+    assert checkpoints.steps() == [1]
+    checkpoints.close()
+
+
+# Checkpoints that cannot be written.
+
+
+@pytest.fixture
+def full_disk():
+    """Files of more than so many bytes cannot be written, until `.empty()`."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    class Disk:
+        def fill(self, size):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+        def empty(self):
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    disk = Disk()
+    yield disk
+    disk.empty()
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def fill_at(monkeypatch, disk, step, until=None):
+    """The disk is full while the checkpoint of this step is written."""
+    save, wait = Checkpoints.save, Checkpoints.wait
+
+    def saving(self, at, *rest):
+        if until is not None and at >= until:
+            disk.empty()
+        if at == step:
+            self.wait()  # For the one before.
+            disk.fill(3000)
+        save(self, at, *rest)
+
+    monkeypatch.setattr(Checkpoints, "save", saving)
+    return wait
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's threads.
+def test_a_full_disk_stops_the_run_and_the_last_checkpoint_stays(
+    tmp_path, capsys, monkeypatch, full_disk
+):
+    with monkeypatch.context() as patch:
+        fill_at(patch, full_disk, 10)
+        assert train(tmp_path, train__checkpoint_every=5) == 1
+    full_disk.empty()
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert error.startswith(f"error: cannot write a checkpoint under {tmp_path}/checkpoints (")
+    assert "MiB free)" in error
+    assert final_state(tmp_path)[1] == 5
+    assert train(tmp_path, train__checkpoint_every=5) == 0  # There is space again.
+    assert final_state(tmp_path)[1] == 20
+    assert not list((tmp_path / "checkpoints").glob("*tmp*"))  # What was left of it is gone.
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_or_it_goes_on_and_saves_when_it_can(tmp_path, capsys, monkeypatch, full_disk):
+    fill_at(monkeypatch, full_disk, 10, until=15)
+    settings = {"train__checkpoint_every": 5, "train__write_errors": "continue"}
+    assert train(tmp_path, **settings) == 0
+    said = capsys.readouterr().out
+    assert "cannot write a checkpoint under" in said
+    assert "the training goes on (train.write_errors=continue)" in said
+    steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]*"))
+    assert steps == [5, 15, 20]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_last_checkpoint_that_cannot_be_written_is_an_error_in_any_case(
+    tmp_path, capsys, monkeypatch, full_disk
+):
+    fill_at(monkeypatch, full_disk, 20)
+    assert train(tmp_path, train__checkpoint_every=10, train__write_errors="continue") == 1
+    full_disk.empty()
+    assert "error: cannot write" in capsys.readouterr().err
+    assert final_state(tmp_path)[1] == 10
+
+
+# Images that cannot be read.
+
+
+def test_images_that_cannot_be_read_stop_the_run_after_a_checkpoint(tmp_path, capsys, monkeypatch):
+    original = Batches.__call__
+
+    def call(self, step):
+        if step == 7:
+            raise ReadError("number 5 of a.png cannot be read after 3 attempts")
+        return original(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "__call__", call)
+        assert train(tmp_path) == 1
+    assert capsys.readouterr().err == "error: number 5 of a.png cannot be read after 3 attempts\n"
+    assert final_state(tmp_path)[1] == 7
+    assert train(tmp_path) == 0
+
+
+# Starts.
+
+
+def test_starts_that_lead_nowhere_end(tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "__call__", lambda self, step: 1 / 0)
+        for _ in range(3):
+            with pytest.raises(ZeroDivisionError):
+                train(tmp_path)
+    assert train(tmp_path) == 2
+    error = capsys.readouterr().err
+    assert "the last 3 starts all began at step 0 and did not reach the next checkpoint" in error
+    assert "ZeroDivisionError: division by zero" in error
+    assert train(tmp_path, train__max_restarts=0, train__steps=10) == 0
+    assert train(tmp_path) == 0  # There was progress since.
+
+
+def test_another_config_or_other_images_can_be_insisted_on(tmp_path, capsys, monkeypatch):
+    assert train(tmp_path, train__steps=10) == 0
+    assert train(tmp_path, train__learning_rate=1e-4) == 2
+    error = capsys.readouterr().err
+    assert "train.learning_rate was 0.001, is 0.0001" in error and "--force" in error
+    from ddpm_jax.main import main
+
+    assert main([*arguments(tmp_path, train__learning_rate=1e-4), "--force"]) == 0
+    said = capsys.readouterr().out
+    assert "config changed since the last start" in said
+    assert "train.learning_rate was 0.001, is 0.0001" in said and "train.steps was 10" in said
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["train"]["learning_rate"] == 1e-4
+
+    from ddpm_jax.data import sources
+
+    digits = sources._open_digits
+
+    def others(data, split):
+        source = digits(data, split)
+        source._images = source._images ^ 1
+        return source
+
+    monkeypatch.setattr(sources, "_open_digits", others)
+    more = {"train__learning_rate": 1e-4, "train__steps": 30}
+    assert train(tmp_path, **more) == 2
+    assert "the images differ from those of the run so far" in capsys.readouterr().err
+    assert main([*arguments(tmp_path, **more), "--force"]) == 0
+
+
+def test_a_second_training_of_the_same_run_is_refused(tmp_path):
+    hold = "import sys; from ddpm_jax import lock; from etils import epath\n"
+    hold += "with lock.hold(epath.Path(sys.argv[1]), print): print('held', flush=True); input()"
+    first = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert first.stdout.readline() == "held\n"
+    try:
+        assert train(tmp_path) == 2
+    finally:
+        first.kill()
+        first.wait()
+    assert not (tmp_path / "config.json").exists()
+    assert train(tmp_path, train__steps=5, train__checkpoint_every=5) == 0  # At once.
+
+
+# Where the time goes.
+
+
+def test_phases_add_up_to_the_life_of_the_process(monkeypatch):
+    now = itertools.count(0, 1.0)
+    monkeypatch.setattr(goodput.time, "monotonic", lambda: next(now))
+    clock = goodput.Clock()
+    with clock.phase("step"):
+        with clock.phase("input"):
+            pass
+        clock._event(goodput.COMPILING, 0.25)
+    seconds = clock.seconds()
+    clock.close()
+    assert seconds == dict.fromkeys(goodput.PHASES, 0.0) | {
+        "start": 2.0,
+        "step": 1.75,
+        "input": 1.0,
+        "compile": 0.25,
+    }
+
+
+def test_steps_done_twice_are_lost():
+    lives = [
+        goodput.Life(0, 50, {"start": 5.0, "step": 100.0}, ""),
+        goodput.Life(40, 60, {"start": 5.0, "step": 40.0}, ""),
+        goodput.Life(60, 80, {"step": 40.0}, ""),
+    ]
+    seconds = goodput.total(lives)
+    assert seconds["lost"] == pytest.approx(20.0)  # A fifth of the first life's.
+    assert seconds["step"] == pytest.approx(160.0)
+    assert sum(seconds.values()) == pytest.approx(sum(life.wall for life in lives))
+
+
+@pytest.mark.slow
+def test_after_a_kill_the_parts_add_up_to_the_wall_time(tmp_path):
+    import time
+
+    settings = {"train__steps": 3000, "train__checkpoint_every": 200, "train__log_every": 10}
+    began = time.monotonic()
+    process = start(arguments(tmp_path, **settings))
+    while not (tmp_path / "checkpoints/600").exists():
+        assert process.poll() is None and time.monotonic() - began < 120
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    wall = time.monotonic() - began
+    began = time.monotonic()
+    process = start(arguments(tmp_path, **settings))
+    out, errors = process.communicate(timeout=120)
+    wall += time.monotonic() - began
+    assert process.returncode == 0, errors
+    assert "over 2 starts" in out
+    content = json.loads((tmp_path / "goodput.json").read_text())
+    assert [life["ended"] for life in content["lives"]] == ["", "done"]
+    print(content, wall)
+    assert sum(content["total"].values()) == pytest.approx(wall, rel=0.05, abs=6)
