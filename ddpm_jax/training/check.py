@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -94,16 +95,15 @@ def batch_shape(job: Job) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=job.layout.split(1))
 
 
-def memory(job: Job, thrifty: bool = False) -> Memory:
+def memory(job: Job, options: Mapping[str, Any] | None = None) -> Memory:
     """The memory of a device, from the program of a call, which is compiled for it.
 
     Args:
-      thrifty: order the operations of a program for CPUs by the memory they take, as compilers for
-        accelerators do; CPUs' own order them for speed, and rematerialisation then saves nothing.
+      options: the compiler's. Compilers for accelerators order a program's operations by the memory
+        they take; those for CPUs do not unless told so, and rematerialisation then saves nothing.
     """
     images = batch_shape(job)
     call = compile_call(job.layout, functools.partial(train_call, job.task), job.sharding)
-    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if thrifty else {}
     needs = call.lower(job.abstract, images).compile(options).memory_analysis()
     state = job.abstract
     parts = (state.params, state.ema_params, state.opt_state, images)
