@@ -136,6 +136,11 @@ class Growing:
         """Bytes, written or not."""
         return len(self._content)
 
+    @property
+    def written(self) -> bool:
+        """Whether all is in the file."""
+        return self._there == len(self._content)
+
     def append(self, record: bytes) -> None:
         """Adds a record, and writes if it is time.
 
@@ -152,7 +157,7 @@ class Growing:
         Raises:
           OSError: it cannot be written now; `filename` is the path.
         """
-        if self._there == len(self._content):
+        if self.written:
             return
         began, there = self._clock(), self._there
         self._there = None  # Until this has gone well.
@@ -212,7 +217,7 @@ def answer(path: epath.PathLike, ask: Callable[[], T], seconds: float = ANSWER_S
     """
     if not is_remote(path):
         return ask()
-    without_listings_cache()
+    _prepare_gcsfs()
     answers: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
 
     def run() -> None:
@@ -238,16 +243,16 @@ def answer(path: epath.PathLike, ask: Callable[[], T], seconds: float = ANSWER_S
     return value
 
 
-def without_listings_cache() -> None:
-    """Lets gs:// show what other processes write.
+def _prepare_gcsfs() -> None:
+    """Lets gs:// show what other processes write, and its errors be said once.
 
     By default each process remembers every listing it has seen, for ever: new objects do not exist
     for it, and one that has grown is read up to its former length.
     """
     from fsspec.config import conf
 
-    for scheme in ("gcs", "gs"):
-        conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
+    conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # They are raised as well.
 
 
 @contextlib.contextmanager

@@ -259,6 +259,21 @@ def test_lines_wait_for_a_disk_that_fails_and_then_all_are_there(tmp_path, failu
     written.close()
 
 
+def test_a_bucket_counts_as_back_when_all_is_written_and_not_before(monkeypatch):
+    bucket, said = Bucket(monkeypatch), []
+    bucket.broken = True
+    monkeypatch.setattr(type(epath.Path("gs://b")), "exists", lambda path: False)
+    written = writer("gs://b/run", write_errors="continue", say=said.append)
+    for step in range(1, 4):
+        written.scalars(step, {"loss": 1.0})  # Not yet time to try again.
+    assert len(said) == 2 and all("cannot be written" in line for line in said)
+    bucket.broken = False
+    written.flush()
+    assert len(said) == 4 and all("written again" in line for line in said[2:])
+    (lines,) = (text for _, text in bucket.writes if text.startswith(b"{"))
+    assert lines.count(b"\n") == 3
+
+
 def test_a_run_that_shall_stop_is_told_the_file(tmp_path):
     written = writer(tmp_path)
     written.scalars(1, {"loss": 1.0})

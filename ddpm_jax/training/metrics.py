@@ -111,17 +111,17 @@ class Writer:
           say: prints a line.
         """
         self._active, self._stops, self._say = active, write_errors == "stop", say
-        self._failing: set[epath.Path] = set()
+        self._failing: set[epath.Path] = set()  # Files with something that is not written.
         if not active:
             return
         records, damaged = _parse(jsonl) if jsonl.exists() else ([], 0)
         if damaged:
             kept = jsonl.parent / f"{jsonl.name}.damaged"
-            self._write(lambda: files.replace(kept, jsonl.read_bytes()), kept)
+            self._write(files.Growing(kept, jsonl.read_bytes()))
             say(f"{jsonl}: {damaged} damaged lines are left out; the file as it was is {kept}")
         self.records = [record for record in records if keep(record)]
         self._lines = files.Growing(jsonl, b"".join(map(_line, self.records)))
-        self._write(self._lines.write, jsonl)
+        self._write(self._lines)
         self._directory, self._started, self._parts = directory, int(time.time()), 0
         # It tells TensorBoard to forget what came after.
         self._begin_events(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
@@ -135,11 +135,20 @@ class Writer:
             path = self._directory / f"{name}.{self._parts:04d}"
         version = Event(wall_time=time.time(), file_version="brain.Event:2")
         self._events = files.Growing(path, b"".join(map(_framed, (version, *events))))
-        self._write(self._events.write, path)
+        self._write(self._events)
 
-    def _write(self, write: Callable[[], None], path: epath.Path) -> None:
+    def _write(
+        self, file: files.Growing, record: bytes | None = None, to_disk: bool = False
+    ) -> None:
+        """Writes all of a file, or adds a record to it, as `write_errors` says."""
+        path = file.path
         try:
-            write()
+            if record is not None:
+                file.append(record)
+            elif to_disk:
+                file.sync()
+            else:
+                file.write()
         except OSError as error:
             if self._stops:
                 raise
@@ -149,10 +158,9 @@ class Writer:
                     f"{path} cannot be written: {error.strerror or error}; the training goes on, "
                     "and what is missing is written when that works again"
                 )
-        else:
-            if path in self._failing:
-                self._failing.remove(path)
-                self._say(f"{path} is written again, and whole")
+        if path in self._failing and file.written:
+            self._failing.remove(path)
+            self._say(f"{path} is written again, and whole")
 
     def scalars(self, step: int, scalars: dict[str, float]) -> None:
         """One line, and the same to TensorBoard."""
@@ -160,7 +168,7 @@ class Writer:
             return
         record = {"step": step, **{k: v for k, v in scalars.items() if math.isfinite(v)}}
         self.records.append(record)
-        self._write(lambda: self._lines.append(_line(record)), self._lines.path)
+        self._write(self._lines, _line(record))
         values = [value for k, v in scalars.items() for value in summary.scalar(k, v).value]
         self._add(step, summary.Summary(value=values))
 
@@ -177,24 +185,24 @@ class Writer:
 
     def _add(self, step: int, content: summary.Summary) -> None:
         if len(self._events) > EVENTS_BYTES:
-            self._write(self._events.write, self._events.path)
+            self._write(self._events)
             if self._events.path in self._failing:
                 return  # Memory has a bound; the lines have all of the numbers.
             self._begin_events()
         event = Event(wall_time=time.time(), step=step, summary=content)
-        self._write(lambda: self._events.append(_framed(event)), self._events.path)
+        self._write(self._events, _framed(event))
 
     def flush(self) -> None:
         """Brings all to the disk: a checkpoint counts once the lines before it are there."""
         if self._active:
             for file in (self._lines, self._events):
-                self._write(file.sync, file.path)
+                self._write(file, to_disk=True)
 
     def close(self) -> None:
         """Writes what is not written yet."""
         if self._active:
             for file in (self._lines, self._events):
-                self._write(file.write, file.path)
+                self._write(file)
 
 
 def _line(record: dict[str, Any]) -> bytes:
