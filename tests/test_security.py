@@ -162,6 +162,8 @@ def test_texts_are_bounded(tmp_path):
         bounded.read_text(path)
     with little_memory(), pytest.raises(ValueError, match=r"m.json is not a result's manifest"):
         manifest.load(path)
+    with little_memory(), pytest.raises(ValueError, match="1,099,511,627,776 bytes, more than"):
+        bounded.read_arrays(path)
     assert bounded.read_bytes("/dev/zero") == b""
     path.write_bytes(b"x" * 11)
     assert bounded.read_bytes(path, 11) == b"x" * 11
@@ -197,6 +199,13 @@ ARRAYS = {
     "protocol": np.array('{"a": "σ"}'),
     "none": np.zeros((0, 3)),
 }
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", "null"])
+def test_a_protocol_of_pieces_that_is_no_object(tmp_path, text):
+    (tmp_path / "protocol.json").write_text(text, encoding="utf-8")
+    with pytest.raises(RequestError, match="was begun with a=None"):
+        parts.collect(1, 1, None, "image", print, epath.Path(tmp_path), {"a": 1}, lambda: True)
 
 
 def npz(path, save=np.savez, **arrays):
