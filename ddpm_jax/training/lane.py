@@ -9,32 +9,26 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
-from ddpm_jax import figures, files, session
+from ddpm_jax import session
 from ddpm_jax.config import RequestError
 from ddpm_jax.data import Batches, Gather, Source, fingerprint
 from ddpm_jax.evaluation.manifest import Measured, digest
 from ddpm_jax.evaluation.requests import Evaluator
 from ddpm_jax.evaluation.results import evaluate_and_keep
-from ddpm_jax.generation import GRID_IMAGES, compile_sampler, padded_batch
 from ddpm_jax.interruption import Interrupted, Watch
 from ddpm_jax.lock import Lock
 from ddpm_jax.parallel import first_hosts, to_host
 from ddpm_jax.progress import Progress
 from ddpm_jax.runs import RunDirectory
 from ddpm_jax.sampling import Samples
-from ddpm_jax.schedules import spaced
 from ddpm_jax.training.checkpoints import Best, CheckpointError, Checkpoints
 from ddpm_jax.training.goodput import Clock, Lives
 from ddpm_jax.training.job import Job, initial_state, template
 from ddpm_jax.training.metrics import NonFiniteError, Window, Writer
+from ddpm_jax.training.pictures import Pictures
 from ddpm_jax.training.state import State
-
-PATH_TIMES = 10  # Times of the reverse process in figures/training.png.
-PATH_SAMPLES = 6
 
 
 class Lane:
@@ -92,7 +86,7 @@ class Lane:
         self.lives.check_progress(self._train.max_restarts)
         # The metrics of the call before: the host never waits for the device.
         self._waiting: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
-        self._sampler = None
+        self._pictures = Pictures(job, directory, watch.asked)
         self._best = Best(directory.best, self._train.keep_best) if self._train.keep_best else None
 
     def _restored(self) -> tuple[State, int, dict[str, Any]]:
@@ -247,16 +241,23 @@ class Lane:
         """Notes how long a call has taken."""
         self._durations.append(seconds / self._train.steps_per_call)
 
-    def act(self) -> None:
-        """Whatever is due at this step; the metrics up to it are known to be finite."""
+    def act(self) -> bool:
+        """Whatever is due at this step, but evaluations; whether it was not stopped meanwhile.
+
+        The metrics up to it are known to be finite.
+        """
         train, step = self._train, self.step
         last = step >= train.steps
         if last or step % train.checkpoint_every == 0:
             with self._writing():
                 self._save()
         if not last and train.sample_every and step % train.sample_every == 0:
-            with self._writing():
-                self._sample()
+            try:
+                with self._writing():
+                    self._sample()
+            except Interrupted:
+                return False
+        return True
 
     def evaluated(self) -> bool:
         """Evaluates where that is due at this step; whether it was not stopped meanwhile."""
@@ -345,63 +346,36 @@ class Lane:
                 self._best.close()
 
     def _sample(self) -> Samples:
-        """A grid of samples of the moving average, from the same noise each time."""
+        """A grid of samples of the moving average."""
         with self._clock.phase("sample"):
-            return self._sampled()
-
-    def _sampled(self) -> Samples:
-        config, layout = self.job.config, self.job.layout
-        count = min(config.sample.count, GRID_IMAGES)
-        if self._sampler is None:
-            self._sampler = compile_sampler(
-                layout,
-                self.job.task.process,
-                self.job.task.model,
-                config,
-                self.job.sharding.ema_params,
-                self._path_indices(),
-            )
-        batch = padded_batch(min(config.sample.batch_size, count), layout)
-        drawn = [
-            jax.tree.map(
-                to_host, self._sampler(self.state.ema_params, jnp.arange(start, start + batch))
-            )
-            for start in range(0, count, batch)
-        ]
-        images = np.concatenate([part.images for part in drawn])[:count]
-        samples = Samples(images, drawn[0].x0_path[:, :PATH_SAMPLES][:, :count])
-        picture = figures.grid(samples.images)
-        if self._first_host:
-            figures.save_png(self._picture(), picture)
-        self._writer.image(self.step, "samples", picture)
-        return samples
+            samples = self._pictures.sample(self.state.ema_params)
+            grid = self._pictures.save_grid(self.step, samples)
+            self._writer.image(self.step, "samples", grid)
+            return samples
 
     def finish(self) -> None:
-        """The last pictures, while the last checkpoint is on its way to the disk."""
+        """The last pictures, while the last checkpoint is on its way to the disk.
+
+        Raises:
+          Interrupted: before they were drawn; the checkpoint is there.
+          CheckpointError: it could not be written.
+        """
         self._say("drawing samples from the moving average of the parameters")
         try:
             samples = self._sample()
         finally:  # A checkpoint that is not there is worse than a picture.
             self.stop()
-        if not self._first_host:
-            return
-        rows = samples.x0_path.swapaxes(0, 1)
-        path = figures.grid(rows.reshape(-1, *rows.shape[2:]), columns=rows.shape[1])
-        trained = spaced(self.job.config.diffusion.num_steps, self._chain_length())
-        times = [int(trained[index - 1]) for index in self._path_indices()]
-        figure = figures.training_figure(self._writer.records, path, times)
-        files.replace(self._figure(), figure)
-        self._say(f"samples: {self._picture()}")
-        self._say(f"figure:  {self._figure()}")
+        if self._first_host:
+            self._pictures.save_figure(self._writer.records, samples)
+            self._say(f"samples: {self._pictures.grid(self.step)}")
+            self._say(f"figure:  {self._pictures.figure}")
 
     def finished(self) -> bool:
         """Whether nothing is left: all is evaluated, the figure drawn after the last samples."""
         if self.step < self._train.steps:
             return False
-        figure, picture = self._figure(), self._picture()
-        drawn = figure.exists() and picture.exists()
-        drawn = drawn and figure.stat().mtime >= picture.stat().mtime
-        return bool(first_hosts(np.array(drawn))) and self._measured()
+        drawn = np.array(self._pictures.drawn(self.step))
+        return bool(first_hosts(drawn)) and self._measured()
 
     def _measured(self) -> bool:
         """Whether evaluating at the last step would neither measure nor keep anything."""
@@ -410,17 +384,3 @@ class Lane:
         except Interrupted:
             return False
         return self._new_best(results) is None
-
-    def _figure(self) -> epath.Path:
-        return self._directory.figures / "training.png"
-
-    def _picture(self) -> epath.Path:
-        return self._directory.samples / f"step_{self.step:08d}.png"
-
-    def _chain_length(self) -> int:
-        return self.job.config.sample.steps or self.job.config.diffusion.num_steps
-
-    def _path_indices(self) -> list[int]:
-        """The indices of the chain at which the figure shows x̂_0, from its length down."""
-        length = self._chain_length()
-        return spaced(length, min(PATH_TIMES, length))[::-1].tolist()

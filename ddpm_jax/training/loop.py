@@ -192,8 +192,10 @@ def run_lanes(
         if stop:
             lane.stop()
         else:
-            lane.finish()
-            stop = lane is not sound[-1] and watch.asked()
+            try:
+                lane.finish()
+            except Interrupted:
+                stop = True
     if stop and sound:
         reached = min(lane.step for lane in sound)
         raise Interrupted(f"stopped at step {reached}; the same command goes on from there")
@@ -235,10 +237,9 @@ def _advance(
                 with contextlib.ExitStack() as pauses:
                     for lane in sound:
                         pauses.enter_context(lane.rate.paused())
-                    for lane in sound:
-                        lane.act()
+                    acted = [lane.act() for lane in sound]
                     sound = [lane for lane in sound if lane.error is None]
-                    stop = stop or not all(lane.evaluated() for lane in sound)
+                    stop = stop or not all(acted) or not all(lane.evaluated() for lane in sound)
         for lane in lanes:
             lane.read()
     return stop
