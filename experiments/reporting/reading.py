@@ -167,12 +167,15 @@ def read_records(directory: RunDirectory) -> list[dict[str, float]]:
     """The lines of metrics.jsonl that have a step, and of each what is a finite number.
 
     Raises:
-      RequestError: it is not text.
+      RequestError: there is no such line, as it is not text.
     """
+    file = directory.metrics
+    found = metrics.read(file) if file.exists() else []
     try:
-        found = metrics.read(directory.metrics) if directory.metrics.exists() else []
-    except UnicodeDecodeError:
-        raise RequestError(f"{directory.metrics} is damaged: it is not text") from None
+        if not found and file.exists():
+            bounded.read_text(file)
+    except ValueError:
+        raise RequestError(f"{file} is damaged: it is not text") from None
     return [
         {k: v for k, v in r.items() if not isinstance(v, str) and number(v) is not None}
         for r in found
