@@ -23,11 +23,11 @@ from ddpm_jax.config import RequestError
 from ddpm_jax.data import ReadError
 from ddpm_jax.evaluation import results, selftest
 from ddpm_jax.lock import LostError
-from ddpm_jax.training import check, goodput, loop, together
+from ddpm_jax.training import check, goodput, loop, together, verify
 from ddpm_jax.training.checkpoints import CheckpointError
 from ddpm_jax.training.metrics import NonFiniteError
 
-MODES = ("train", "sample", "evaluate", "check")
+MODES = ("train", "sample", "evaluate", "check", "verify")
 
 
 class Parser(argparse.ArgumentParser):
@@ -136,6 +136,8 @@ def main(argv: Sequence[str] | None = None, started: float | None = None) -> int
 def _run(argv: Sequence[str], started: float | None) -> int:
     args, overrides = parse(argv)
     join_hosts(args)
+    if args.mode == "verify":
+        verify.use_several_cpu_devices(os.environ)
     if args.seeds is not None:
         _check_seeds(args, overrides)
     config = resolve(args, overrides)
@@ -157,6 +159,8 @@ def _run(argv: Sequence[str], started: float | None) -> int:
         _say(f"samples: {generation.generate(run, directory, _say)}")
     elif args.selftest:
         return 0 if selftest.run(config, _say) else 1
+    elif args.mode == "verify":
+        return 0 if verify.verify(config, args.workdir, _say) else 1
     elif args.mode == "evaluate":
         run = results.load_for_evaluation(args.workdir, config)
         results.evaluate(run, runs.RunDirectory.of(args.workdir), _say)
@@ -236,8 +240,9 @@ def join_hosts(args: argparse.Namespace) -> None:
         args.distributed,
         args.startup_seconds,
     )
-    if place is not None:
-        hosts.join(place, args.startup_seconds, args.host_seconds)
+    if place is not None and place.count > 1:
+        of_all = hosts.join(place, args.startup_seconds, args.host_seconds)
+        of_all.doing = lambda: f"in --mode={args.mode}"
 
 
 def _say(line: str) -> None:
