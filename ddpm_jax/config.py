@@ -20,7 +20,7 @@ from typing import Any
 
 import ml_collections
 
-from ddpm_jax import losses, schedules
+from ddpm_jax import bounded, losses, schedules
 from ddpm_jax.diffusion import PREDICTIONS, VARIANCES, Process
 from ddpm_jax.evaluation import names
 from ddpm_jax.sampling import METHODS
@@ -287,7 +287,7 @@ def from_json(text: str) -> ml_collections.ConfigDict:
             else:
                 override(config, prefix + name, value)
 
-    visit("", json.loads(text))
+    visit("", bounded.parse_json(text))
     return config
 
 

@@ -118,8 +118,7 @@ def join(place: Place, seconds: float, host_seconds: float) -> session.Session:
     Raises:
       RequestError: not all have come, or they do not belong together.
     """
-    if place.count > 1:
-        meet(place, seconds)
+    meet(place, seconds)
     # Signals are heard by `interruption.Watch`: JAX's notice hides the second one.
     jax.config.update("jax_enable_preemption_service", False)
     try:

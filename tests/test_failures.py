@@ -1,5 +1,6 @@
 """What can go wrong in a run, each caused here: what is said, what is kept, how it goes on."""
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -136,7 +137,26 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
     checkpoints.close()
 
 
-# Checkpoints that cannot be written.
+# Checkpoints.
+
+
+def test_the_newest_and_those_at_multiples_are_kept(tmp_path):
+    checkpoints = Checkpoints(epath.Path(tmp_path), keep=2, keep_every=20)
+    for step in range(10, 80, 10):
+        checkpoints.save(step, {"w": jnp.full(3, float(step))}, {})
+    checkpoints.wait()
+    assert checkpoints.steps() == [70, 60, 40, 20]
+    checkpoints.close()
+
+
+def test_what_was_never_whole_is_removed_by_who_trains_and_by_nobody_else(tmp_path):
+    left = tmp_path / "5.orbax-checkpoint-tmp-17"
+    left.mkdir()
+    (left / "file").write_text("half")
+    Checkpoints(epath.Path(tmp_path)).close()
+    assert left.exists()
+    Checkpoints(epath.Path(tmp_path), sweep=True).close()
+    assert not left.exists()
 
 
 @pytest.fixture
@@ -301,6 +321,23 @@ def test_a_second_training_of_the_same_run_is_refused(tmp_path):
     assert train(tmp_path, train__steps=5, train__checkpoint_every=5) == 0  # At once.
 
 
+def test_a_second_start_finds_the_compiled_step(tmp_path):
+    """In ~/.cache or wherever: what took more than half a second is not compiled again."""
+    assert train(tmp_path, train__steps=5, train__checkpoint_every=5) == 0
+    events = collections.Counter()
+
+    def count(event, **_):
+        events[event] += 1
+
+    jax.clear_caches()
+    jax.monitoring.register_event_listener(count)
+    try:
+        assert train(tmp_path, train__steps=10, train__checkpoint_every=5) == 0
+    finally:
+        jax.monitoring.unregister_event_listener(count)
+    assert events["/jax/compilation_cache/cache_hits"] >= 2, events  # The step and the sampler.
+
+
 # Where the time goes.
 
 
@@ -338,10 +375,10 @@ def test_steps_done_twice_are_lost():
 def test_after_a_kill_the_parts_add_up_to_the_wall_time(tmp_path):
     import time
 
-    settings = {"train__steps": 3000, "train__checkpoint_every": 200, "train__log_every": 10}
+    settings = {"train__steps": 1200, "train__checkpoint_every": 100, "train__log_every": 10}
     began = time.monotonic()
     process = start(arguments(tmp_path, **settings))
-    while not (tmp_path / "checkpoints/600").exists():
+    while not (tmp_path / "checkpoints/400").exists():
         assert process.poll() is None and time.monotonic() - began < 120
         time.sleep(0.05)
     process.kill()

@@ -8,7 +8,6 @@ state, and a checkpoint counts as whole only if every leaf restores to its check
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import shutil
@@ -22,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ddpm_jax import session
+from ddpm_jax import bounded, session
 from ddpm_jax.parallel import to_host
 from ddpm_jax.training.metrics import NonFiniteError
 
@@ -190,12 +189,11 @@ class Checkpoints:
         """The notes saved with a step; empty where they cannot be read."""
         try:
             return self._meta(step)["notes"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return {}
 
     def _meta(self, step: int) -> dict[str, Any]:
-        text = (self._directory / str(step) / _META / "metadata").read_text(encoding="utf-8")
-        return json.loads(text)
+        return bounded.read_json(self._directory / str(step) / _META / "metadata")
 
     def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
         """The state and all that was saved beside it, by this host alone."""

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from ddpm_jax import files
+from ddpm_jax import bounded, files
 from ddpm_jax.config import RequestError
 from ddpm_jax.interruption import Interrupted
 from ddpm_jax.progress import duration
@@ -228,7 +228,7 @@ def read(path: epath.Path) -> list[Life]:
     """The lives in a goodput.json; none where there is no such file, or a damaged one."""
     fields = {field.name for field in dataclasses.fields(Life)}
     try:
-        lives = json.loads(path.read_text())["lives"]
+        lives = bounded.read_json(path)["lives"]
         return [Life(**{k: v for k, v in life.items() if k in fields}) for life in lives]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []

@@ -1,0 +1,115 @@
+"""Signals and hangs, in processes of their own."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+from runs_for_tests import ROOT
+
+PATIENCE = 60.0  # Seconds for what comes at once.
+BEGIN = "import sys, time; from ddpm_jax.interruption import Watch, sigterm_as_ctrl_c\n"
+# Half a minute or more within C, where Python hears no signal.
+IN_C = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2 * 10**8)"
+
+
+def started(code):
+    process = subprocess.Popen(
+        [sys.executable, "-c", BEGIN + code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert process.stdout.readline() == "up\n", process.communicate()
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_the_process_also_where_python_cannot_act(number):
+    """As while XLA compiles. The first one is heard and nothing else."""
+    process = started(f"import hashlib\nwith Watch(): print('up', flush=True); {IN_C}")
+    process.send_signal(number)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 75, errors
+    assert errors.strip() == "stopped at once; the same command goes on"
+
+
+def test_a_second_signal_is_ctrl_c_where_python_can():
+    code = """
+with Watch() as watch:
+    print("up", flush=True)
+    try:
+        while not watch.asked():
+            time.sleep(0.01)
+        print("asked", flush=True)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("ctrl-c", flush=True)
+"""
+    process = started(code)
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "asked\n"
+    process.send_signal(signal.SIGTERM)
+    out, errors = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, out) == (0, "ctrl-c\n"), errors
+
+
+def test_sigterm_is_ctrl_c_where_nobody_watches():
+    code = """
+with sigterm_as_ctrl_c():
+    try:
+        print("up", flush=True)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("ctrl-c", flush=True)
+"""
+    process = started(code)
+    process.send_signal(signal.SIGTERM)
+    out, errors = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, out) == (0, "ctrl-c\n"), errors
+
+
+def test_what_stands_still_shows_where_and_ends():
+    code = """
+def stuck_here():
+    time.sleep(600)
+
+with Watch(hang_seconds=1.0, doing=lambda: "waiting for images") as watch:
+    for _ in range(30):  # It moves for longer than that first.
+        watch.asked()
+        time.sleep(0.05)
+    print("up", flush=True)
+    stuck_here()
+"""
+    process = started(code)
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 75
+    assert "in stuck_here" in errors  # Its stack.
+    message = errors.strip().splitlines()[-1]
+    assert message == (
+        "nothing has moved for 1 s (parallel.hang_seconds) while waiting for images; the same "
+        "command goes on"
+    )
+
+
+def test_a_watch_that_is_closed_leaves_signals_as_they_were():
+    code = """
+import signal
+before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+for _ in range(300):
+    with Watch() as watch:
+        with Watch() as inner:
+            assert not inner.asked()
+assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+assert signal.set_wakeup_fd(-1) == -1
+import os
+time.sleep(0.2)  # For the last thread.
+assert len(os.listdir("/proc/self/fd")) < 50
+print("up", flush=True)
+"""
+    process = started(code)
+    assert process.wait(PATIENCE) == 0
