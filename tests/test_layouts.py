@@ -27,7 +27,7 @@ from ddpm_jax.parallel import compile_call, from_host, to_host
 from ddpm_jax.training.job import initial_state, make_job, template
 from ddpm_jax.training.step import seeded_call
 
-STEPS, BATCH = 50, 32
+STEPS, EARLY, BATCH = 50, 10, 32
 DEVICES, MODES, MICROBATCHES = (1, 2, 4, 8), ("jit", "fsdp", "pmap"), (1, 2, 4)
 STEPS_PER_CALL = {1: 1, 2: 10, 4: 1}  # By microbatches.
 LONG = ["_".join(map(str, each)) for each in itertools.product(DEVICES, MODES, MICROBATCHES)]
@@ -65,15 +65,16 @@ def first_state():
     return jax.tree.map(to_host, jax.jit(initial_state(job.config, job.task))(0))
 
 
-def trained(job, call, state):
-    """The losses [steps], and the state, of a run by `call(carried, images)`."""
+def trained(job, call, state, marks):
+    """After each of `marks` steps, the losses of all so far and the state: `call`'s run."""
     per_call, losses = job.config.train.steps_per_call, []
     source = open_source(job.config, batch_size=BATCH)
     with Batches(source, 0, BATCH, per_call, job.layout.split(1), False) as batches:
-        for step in range(0, STEPS, per_call):
+        for step in range(0, max(marks), per_call):
             (_, state), metrics = call((np.int32(0), state), batches(step))
             losses.append(to_host(metrics["loss"]))
-    return np.concatenate(losses), state
+            if step + per_call in marks:
+                yield np.concatenate(losses), state
 
 
 def evaluator(job):
@@ -91,17 +92,18 @@ def evaluator(job):
     return evaluate
 
 
-def results(job, call, evaluate=None):
-    """What a run gives, as arrays by name."""
+def save_run(directory, name, job, call, marks, evaluate=None):
+    """Saves what a run gives, arrays by name, as NAME_at_MARK.npz."""
     if evaluate:  # The initial state, too, is made where it lies.
         state = jax.jit(initial_state(job.config, job.task), out_shardings=job.sharding)(0)
     else:
         state = jax.tree.map(from_host, first_state(), job.sharding)
-    losses, state = trained(job, call, state)
-    arrays = {"losses": losses} | (evaluate(state.ema_params) if evaluate else {})
-    for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.ema_params)):
-        arrays[jax.tree_util.keystr(path)] = to_host(leaf)
-    return arrays
+    for losses, state in trained(job, call, state, marks):  # noqa: B020
+        arrays = {"losses": losses} | (evaluate(state.ema_params) if evaluate else {})
+        for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.ema_params)):
+            arrays[jax.tree_util.keystr(path)] = to_host(leaf)
+        if jax.process_index() == 0:
+            np.savez(pathlib.Path(directory) / f"{name}_at_{len(losses)}.npz", **arrays)
 
 
 def shaken_step(task, key, carried, images):
@@ -117,35 +119,30 @@ def shaken_step(task, key, carried, images):
     return seeded_call(task, (seed, state), images)
 
 
-def run_layouts(directory, whole, *names):
-    """In a process of its own: saves the results of each layout; those in `whole` evaluate."""
+def run_layouts(directory, marks, whole, names):
+    """Saves the results of each layout; those in `whole` evaluate."""
     for name in names:
         devices, mode, microbatches = name.split("_")
         job = make_job(small_config(mode, int(microbatches)), jax.devices()[: int(devices)])
         shardings = job.layout.replicated, job.sharding
         call = compile_call(job.layout, functools.partial(seeded_call, job.task), shardings)
-        save(directory, name, results(job, call, evaluator(job) if name in whole else None))
+        save_run(directory, name, job, call, marks, evaluator(job) if name in whole else None)
 
 
 def run_on_one_host(directory, whole, *names):
-    """`run_layouts`, and the shaken runs on one device."""
-    run_layouts(directory, whole.split(","), *names)
+    """In a process of its own: `run_layouts`, and the shaken runs on one device."""
+    run_layouts(directory, (EARLY, STEPS), whole.split(","), names)
     job = make_job(small_config(), jax.devices()[:1])
     program, evaluate = jax.jit(functools.partial(shaken_step, job.task)), evaluator(job)
     for i, name in enumerate(SHAKEN):
         call = functools.partial(program, jax.random.key(i))
-        save(directory, name, results(job, call, evaluate))
+        save_run(directory, name, job, call, (EARLY, STEPS), evaluate)
 
 
-def run_on_hosts(directory, whole, port, count, index, *names):
-    """`run_layouts` over all devices of several hosts, in the process of one of them."""
+def run_on_hosts(directory, steps, whole, port, count, index, *names):
+    """In the process of one of several hosts: `run_layouts` over the devices of all."""
     jax.distributed.initialize(f"127.0.0.1:{port}", int(count), int(index))
-    run_layouts(directory, whole.split(","), *names)
-
-
-def save(directory, name, arrays):
-    if jax.process_index() == 0:
-        np.savez(pathlib.Path(directory) / f"{name}.npz", **arrays)
+    run_layouts(directory, (int(steps),), whole.split(","), names)
 
 
 def begun(function, *words, devices):
@@ -154,8 +151,8 @@ def begun(function, *words, devices):
     return start([function, *map(str, words)], devices, code)
 
 
-def finished(processes, directory, names):
-    """The results that processes save, by name."""
+def finished(processes, directory):
+    """What processes have saved: arrays by name, by NAME_at_MARK."""
     try:
         said = [process.communicate(timeout=1800) for process in processes]
     finally:
@@ -163,9 +160,9 @@ def finished(processes, directory, names):
             process.kill()
     assert [process.returncode for process in processes] == [0] * len(processes), said
     found = {}
-    for name in names:
-        with np.load(directory / f"{name}.npz") as file:
-            found[name] = dict(file)
+    for path in directory.glob("*.npz"):
+        with np.load(path) as file:
+            found[path.stem] = dict(file)
     return found
 
 
@@ -183,7 +180,7 @@ def runs(request, tmp_path_factory):
     long, directory = request.config.getoption("--long"), tmp_path_factory.mktemp("layouts")
     names, whole = (LONG, LONG) if long else (SHORT, WHOLE)
     process = begun("run_on_one_host", directory, ",".join(whole), *names, devices=8)
-    return finished([process], directory, [*names, *SHAKEN])
+    return finished([process], directory)
 
 
 def distances(one, other):
@@ -191,15 +188,18 @@ def distances(one, other):
     return {name: np.abs(x - other[name].astype(np.float64)).max() for name, x in one.items()}
 
 
-def assert_same(runs, arrays, label):
+def assert_same(runs, arrays, steps, label):
     """That all lies within a few times the distance of the shaken runs."""
-    reference = runs["1_jit_1"]
-    shaken = [distances(runs[name], reference) for name in SHAKEN]
+    reference = runs[f"1_jit_1_at_{steps}"]
+    shaken = [distances(runs[f"{name}_at_{steps}"], reference) for name in SHAKEN]
     found = distances(arrays, reference)
     if "samples" in arrays:  # They agree but where one lies between two levels.
         assert found.pop("samples") <= 1
         assert (arrays["samples"] != reference["samples"]).mean() < 0.002
-    ratios = {name: d / max(each[name] for each in shaken) for name, d in found.items()}
+    ratios = {}
+    for name, distance in found.items():
+        unit = np.spacing(np.abs(reference[name]).max())  # Less than one in the last place is none.
+        ratios[name] = distance / max(unit, *(each[name] for each in shaken))
     worst = max(ratios, key=ratios.get)
     print(f"{label}: {ratios[worst]:.2f} of the measured distance at {worst}")
     assert ratios[worst] <= WITHIN, (label, worst, ratios[worst])
@@ -207,28 +207,30 @@ def assert_same(runs, arrays, label):
 
 @pytest.mark.slow
 def test_every_layout_gives_the_numbers_of_one_device(runs, layout):
-    assert_same(runs, runs[layout], layout)
+    assert_same(runs, runs[f"{layout}_at_{STEPS}"], STEPS, layout)
 
 
 @pytest.mark.slow
 def test_rounding_alone_moves_little(runs):
     """What the layouts are measured by is itself as small as float32's rounding lets one hope."""
-    reference = runs["1_jit_1"]
+    reference = runs[f"1_jit_1_at_{STEPS}"]
     for name in SHAKEN:
-        for array, distance in distances(runs[name], reference).items():
+        for array, distance in distances(runs[f"{name}_at_{STEPS}"], reference).items():
             assert distance <= (1 if array == "samples" else 1e-4), (name, array, distance)
 
 
 @pytest.mark.slow
-def test_several_hosts_give_the_numbers_of_one_device(runs, tmp_path, hosts):
-    """Two devices each, which pmap and fsdp spread over the hosts."""
+def test_several_hosts_give_the_numbers_of_one_device(request, runs, tmp_path, hosts):
+    """Two devices each, over all of which pmap and fsdp spread."""
     names = [f"{2 * hosts}_pmap_1", f"{2 * hosts}_fsdp_2"]
+    steps = STEPS if request.config.getoption("--long") else EARLY
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
-        begun("run_on_hosts", tmp_path, names[1], port, hosts, index, *names, devices=2)
+        begun("run_on_hosts", tmp_path, steps, names[1], port, hosts, index, *names, devices=2)
         for index in range(hosts)
     ]
-    for name, arrays in finished(processes, tmp_path, names).items():
-        assert_same(runs, arrays, f"{hosts} hosts, {name}")
+    found = finished(processes, tmp_path)
+    for name in names:
+        assert_same(runs, found[f"{name}_at_{steps}"], steps, f"{hosts} hosts, {name}")
