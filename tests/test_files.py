@@ -74,6 +74,17 @@ def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_names_are_matched_in_a_directory_of_any_name(tmp_path):
+    directory = epath.Path(tmp_path) / ODD
+    assert files.matching(directory, "*") == []
+    directory.mkdir(parents=True)
+    for name in ("b.npz", "a.npz", "a.npz.tmp", "A.NPZ", "[1].npz"):
+        (directory / name).write_bytes(b"")
+    found = files.matching(directory, "*.npz")
+    assert [path.name for path in found] == ["[1].npz", "a.npz", "b.npz"]
+    assert found[0].parent == directory
+
+
 class limited:  # noqa: N801 (a context manager)
     """A disk on which files cannot grow beyond so many bytes: RLIMIT_FSIZE of this process."""
 

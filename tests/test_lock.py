@@ -12,7 +12,7 @@ import pytest
 from etils import epath
 from runs_for_tests import ROOT
 
-from ddpm_jax import lock
+from ddpm_jax import files, lock
 from ddpm_jax.config import RequestError
 
 HOLD = """
@@ -58,8 +58,12 @@ def test_a_second_training_is_refused_until_the_first_ends_however(tmp_path):
 def test_programs_started_meanwhile_do_not_inherit_it(tmp_path):
     with lock.hold(epath.Path(tmp_path), print):
         child = subprocess.Popen(
-            [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False
+            [sys.executable, "-c", "print(flush=True); input()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            close_fds=False,
         )
+        assert child.stdout.readline()  # It runs: the kernel has closed what it does not inherit.
     with lock.hold(epath.Path(tmp_path), print):
         pass
     child.communicate(b"\n")
@@ -172,8 +176,10 @@ def test_it_is_renewed_in_the_background_until_it_is_lost(tmp_path):
     held.keep_renewing(0.001)
     while json.loads((tmp_path / "lock").read_text())["renewals"] < 3:
         assert held._thread.is_alive()
-    (tmp_path / "lock").write_text('{"token": "other"}')
-    held._thread.join(60)
+    for _ in range(10_000):  # It may be about to write, having read its own.
+        files.replace(epath.Path(tmp_path) / "lock", '{"token": "other"}')
+        if not held._thread.is_alive():
+            break
     assert held.lost and not held._thread.is_alive()
     held.release()
     assert (tmp_path / "lock").exists()
