@@ -17,6 +17,7 @@ from ddpm_jax import session
 EXIT_CODE = session.AGAIN  # Interrupted; the same command goes on.
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SECONDS = 3.0  # For Python to act on the second signal.
+ASLEEP_SECONDS = 10.0  # No thread waits that long to be woken, unless all of them do.
 AT_ONCE = "stopped at once; the same command goes on"
 
 
@@ -34,14 +35,20 @@ class Watch:
 
     _open: ClassVar[Watch | None] = None  # Signals are the process's, and so is who hears them.
 
-    def __init__(self, hang_seconds: float = 0.0, doing: Callable[[], str] = lambda: "working"):
+    def __init__(
+        self,
+        hang_seconds: float = 0.0,
+        doing: Callable[[], str] = lambda: "working",
+        patience: Callable[[], float] = lambda: 1.0,
+    ):
         """Not open yet.
 
         Args:
           hang_seconds: the time between two questions after which the process ends; 0: none.
           doing: what is being done, in words.
+          patience: how many times that long it may take.
         """
-        self._hang_seconds, self._doing = hang_seconds, doing
+        self._hang_seconds, self._doing, self._patience = hang_seconds, doing, patience
         self._outer: Watch | None = None
         self._signals = 0
         self._before: dict[int, object] = {}
@@ -112,12 +119,17 @@ class Watch:
         os.close(read_end)
 
     def _guard(self) -> None:
+        looked = time.monotonic()
         while not self._closed.wait(min(1.0, self._hang_seconds / 4)):
-            if time.monotonic() - self._asked_at > self._hang_seconds:
+            now = time.monotonic()
+            if now - looked > ASLEEP_SECONDS:  # The process was stopped, and is going on.
+                self._asked_at = now
+            looked, limit = now, self._hang_seconds * self._patience()
+            if now - self._asked_at > limit:
                 session.dump_stacks()
                 self._end(
-                    f"nothing has moved for {self._hang_seconds:g} s (parallel.hang_seconds) "
-                    f"while {self._doing()}; the same command goes on"
+                    f"nothing has moved for {limit:g} s (see parallel.hang_seconds) while "
+                    f"{self._doing()}; the same command goes on"
                 )
 
     def _end(self, message: str) -> None:

@@ -216,8 +216,14 @@ class Session:
         time.sleep(self._host_seconds + 2 * GRACE_SECONDS)
 
     def close(self) -> None:
-        """Leaves in good order: the others go on without minding."""
-        self._set("ended", "")
+        """Leaves in good order, together with the others or without them.
+
+        JAX gives its own good-bye a minute, and process 0 may have more to write than the others.
+        """
+        with contextlib.suppress(RequestError, jax.errors.JaxRuntimeError):
+            self.gather("ending", None)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._set("ended", "")
         self._closed.set()
 
     def leave(self, code: int, message: str) -> None:
@@ -228,6 +234,7 @@ class Session:
                 self._set("failed", json.dumps([code, message]))
 
         self._start(tell).join(GRACE_SECONDS)  # Process 0 may not answer.
+        self._closed.set()
         self._exit(code)
 
     def _end(self, code: int, message: str) -> None:

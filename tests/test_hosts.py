@@ -225,7 +225,7 @@ def sessions():
 
     yield make
     for one in made:
-        one.close()
+        one._closed.set()
 
 
 def test_values_of_all_are_gathered_in_order(sessions):
@@ -293,9 +293,18 @@ def test_one_that_fails_ends_the_others_with_its_reason(sessions, capsys, monkey
 
 def test_one_that_has_ended_in_good_order_is_not_missed(sessions):
     two = sessions(2, host_seconds=0.4)
-    two.all[1].close()
+    closing = threading.Thread(target=two.all[1].close)
+    closing.start()
+    assert two.all[0].gather("ending", None) == [None, None]  # They wait for each other.
+    closing.join(PATIENCE)
     time.sleep(1.0)
     assert two.ended == [[], []]
+
+
+def test_each_knows_how_long_the_others_have_waited_for_their_images(sessions):
+    two = sessions(2).all
+    two[0].waited, two[1].waited = lambda: 1.5, lambda: 20.0
+    wait_until(lambda: two[0].waits() == {0: 1.5, 1: 20.0})
 
 
 def wait_until(true):

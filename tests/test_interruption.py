@@ -91,7 +91,7 @@ with Watch(hang_seconds=1.0, doing=lambda: "waiting for images") as watch:
     assert "in stuck_here" in errors  # Its stack.
     message = errors.strip().splitlines()[-1]
     assert message == (
-        "nothing has moved for 1 s (parallel.hang_seconds) while waiting for images; the same "
+        "nothing has moved for 1 s (see parallel.hang_seconds) while waiting for images; the same "
         "command goes on"
     )
 

@@ -81,6 +81,10 @@ class Clock:
         """What is being done, in words."""
         return f"in phase {self._phase} at step {self.step}"
 
+    def patience(self) -> float:
+        """How much longer than a step the phase may take: sampling is thousands of them."""
+        return 1.0 if self._phase in ("step", "input", "save") else 20.0
+
     def close(self) -> None:
         """Hears of no compilation any more."""
         jax.monitoring.unregister_event_duration_listener(self._event)

@@ -88,7 +88,8 @@ def watched(
     """The clock of this process, and who hears signals and notices that it hangs."""
     clock = Clock(started)
     stack.callback(clock.close)
-    watch = stack.enter_context(Watch(config.parallel.hang_seconds, clock.describe))
+    watch = Watch(config.parallel.hang_seconds, clock.describe, clock.patience)
+    stack.enter_context(watch)
     if of_all := session.current():
         of_all.doing, of_all.waited = clock.describe, lambda: clock.seconds_of("input")
     return clock, watch
@@ -100,7 +101,9 @@ def check_agreement(config: ml_collections.ConfigDict, workdir: str, source: Sou
     Raises:
       RequestError: names the host and the difference.
     """
-    facts = {f"config.{key}": config_lib.get(config, key) for key in config_lib.FIELDS}
+    # Where a host finds the images and keeps what it has decoded is its own affair.
+    shared = [key for key in config_lib.FIELDS if not key.endswith(("data_dir", "cache_dir"))]
+    facts = {f"config.{key}": config_lib.get(config, key) for key in shared}
     facts |= {
         "the code's digest": manifest.source_digest(),
         "jax": jax.__version__,
