@@ -5,6 +5,8 @@ import os
 import shutil
 import tempfile
 
+import pytest
+
 # Before JAX starts. Compiling takes most of the time here, and the code runs for moments. What one
 # process has compiled the others read; those that pytest-xdist starts inherit the environment.
 QUICK, OURS = "--xla_backend_optimization_level=0", "DDPM_JAX_TESTS_CACHE"
@@ -27,3 +29,38 @@ def pytest_unconfigure(config):
     """The first process removes the cache when all others have ended."""
     if not hasattr(config, "workerinput"):
         shutil.rmtree(os.environ[OURS], ignore_errors=True)
+
+
+@pytest.fixture
+def tally(record_property):
+    """Counts what a fault test has tried, for the summary."""
+    counts = {}
+    record_property("faults", counts)
+
+    def count(what):
+        counts[what] = counts.get(what, 0) + 1
+
+    return count
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What the fault tests have tried, and what was lost."""
+    counts, failures = {}, 0
+    for report in [r for rs in terminalreporter.stats.values() for r in rs]:
+        for name, found in getattr(report, "user_properties", ()):
+            if name == "faults" and report.when == "call":
+                failures += report.failed
+                for what, number in found.items():
+                    counts[what] = counts.get(what, 0) + number
+    if not counts:
+        return
+    parts = []
+    for kind in ("kills", "signals", "corruptions"):
+        where = [
+            f"{n} {what[len(kind) + 1 :]}"
+            for what, n in sorted(counts.items())
+            if what.startswith(f"{kind} ")
+        ]
+        parts.append(f"{counts.get(kind, 0)} {kind}" + (f" ({', '.join(where)})" if where else ""))
+    lost = f"see {failures} failures" if failures else "nothing"
+    terminalreporter.write_line(f"faults: {', '.join(parts)}; lost: {lost}")

@@ -8,6 +8,7 @@ state, and a checkpoint counts as whole only if every leaf restores to its check
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import shutil
@@ -47,6 +48,8 @@ class Checkpoints:
             process (or group of them) may do that saves there.
         """
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file.
+        # Of the leaves that cannot be read it raises one's error, and forgets the others'.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         self._directory = epath.Path(directory).resolve()  # Orbax reads absolute paths only.
         self._sweeps, self._saving = sweep, False
         policy: Any = ocp.checkpoint_managers.LatestN(keep)
@@ -77,11 +80,10 @@ class Checkpoints:
         with _write_errors(self._directory):
             self._sweep()
             self._set_aside(step)
+            meta = {"checksums": checksums, "notes": notes}
+            meta["crc32"] = _digest(step, meta)
             args = ocp.args.Composite(
-                **{
-                    _STATE: ocp.args.StandardSave(state),
-                    _META: ocp.args.JsonSave({"checksums": checksums, "notes": notes}),
-                }
+                **{_STATE: ocp.args.StandardSave(state), _META: ocp.args.JsonSave(meta)}
             )
             self._saving = True
             if not self._manager.save(step, args=args, force=True):
@@ -189,19 +191,28 @@ class Checkpoints:
         """The notes saved with a step; empty where they cannot be read."""
         try:
             return self._meta(step)["notes"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError):
             return {}
 
     def _meta(self, step: int) -> dict[str, Any]:
-        return bounded.read_json(self._directory / str(step) / _META / "metadata")
+        """What was saved beside a state.
+
+        Raises:
+          OSError, ValueError: it cannot be read, or is not what was saved with this step.
+        """
+        meta = bounded.read_json(self._directory / str(step) / _META / "metadata")
+        parts = [meta.get(key) for key in ("checksums", "notes")] if isinstance(meta, dict) else []
+        if not parts or not all(isinstance(part, dict) for part in parts):
+            raise ValueError("no checksums, or no notes")
+        # Runs that began with an earlier version have checkpoints without it.
+        if meta.get("crc32", found := _digest(step, meta)) != found:
+            raise ValueError("the checksum of its metadata is not the one saved")
+        return meta
 
     def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
         """The state and all that was saved beside it, by this host alone."""
         meta = self._meta(step)
-        checksums, notes = meta["checksums"], meta["notes"]
-        if not isinstance(checksums, dict) or not isinstance(notes, dict):
-            raise ValueError("no checksums, or no notes")
-        if missing := [path for path in _paths(abstract) if path not in checksums]:
+        if missing := [path for path in _paths(abstract) if path not in meta["checksums"]]:
             raise ValueError(f"no checksum of {missing[0]}")
         # No host waits for another while it reads: one that cannot would keep them for ever.
         alone = ocp.options.MultiprocessingOptions(
@@ -278,6 +289,12 @@ def _checksums(state: Any, finite: bool = False) -> dict[str, int]:
             )
         checksums[name] = zlib.crc32(values.tobytes())
     return checksums
+
+
+def _digest(step: int, meta: dict[str, Any]) -> int:
+    """CRC-32 of what a step has beside its state."""
+    content = [step, meta["checksums"], meta["notes"]]
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _paths(state: Any) -> list[str]:
