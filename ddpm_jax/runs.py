@@ -4,6 +4,8 @@ config.json     the resolved config
 provenance.json versions, devices, commit and command of each start of its training
 checkpoints/    one directory a checkpoint, named after the updates done
 metrics.jsonl   a JSON object a line
+goodput.json    where the time went, over all starts
+lock            who trains it
 events.…        the same for TensorBoard
 best/RESULT/    the checkpoint with the best of a result that train.keep_best names
 samples/        picture grids, and the samples of --mode=sample and --mode=evaluate
@@ -16,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -82,9 +84,15 @@ class RunDirectory:
 
         Raises:
           RequestError: a gs:// path without the package that reads it, or of a bucket that does not
-            answer within 30 seconds; or the path of a file.
+            answer within 20 seconds; the path of a file; or one that is no text.
         """
         directory = cls(epath.Path(path).expanduser())
+        try:
+            str(directory.path).encode()
+        except UnicodeEncodeError:  # Checkpoints need one.
+            raise config_lib.RequestError(
+                f"{path!r} is not UTF-8 text; choose another name, or set PYTHONUTF8=1 if it is"
+            ) from None
         try:
             is_file = files.answer(
                 path, lambda: directory.path.exists() and not directory.path.is_dir()
@@ -127,6 +135,11 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def goodput(self) -> epath.Path:
+        """goodput.json."""
+        return self.path / "goodput.json"
+
+    @property
     def samples(self) -> epath.Path:
         """The directory of sampled images."""
         return self.path / "samples"
@@ -159,13 +172,11 @@ class RunDirectory:
             raise config_lib.RequestError(f"{self.config} is not a config: {reason}") from error
 
     def save_config(self, config: ml_collections.ConfigDict) -> None:
-        """Saves the config, or checks that the one saved describes the same numbers.
+        """Saves the config, on the first host; see `check_resumable`.
 
         Raises:
-          RequestError: the directory holds a run of another config; the differences are listed.
+          RequestError: it cannot be written.
         """
-        if self.config.exists():
-            self.check_resumable(config)
         if jax.process_index() != 0:
             return
         try:
@@ -206,15 +217,32 @@ class RunDirectory:
         starts.append(manifest.start_provenance(step))
         files.replace(self.provenance, json.dumps(starts, indent=1, ensure_ascii=False) + "\n")
 
-    def check_resumable(self, config: ml_collections.ConfigDict) -> None:
+    def check_resumable(
+        self,
+        config: ml_collections.ConfigDict,
+        force: bool = False,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
         """Refuses a config with which the run could not go on to the bit.
 
+        Args:
+          force: whether to accept it all the same.
+          say: prints a line of what differs and is accepted.
         Raises:
           RequestError: lists the differences.
         """
+        if not self.config.exists():
+            return
         # A folder of images is known by its path alone.
         folder = config.data.name == "folder"
-        self.check_same(config, [k for k in HARMLESS if not (folder and k == "data.data_dir")])
+        free = [k for k in HARMLESS if not (folder and k == "data.data_dir")]
+        try:
+            self.check_same(config, free)
+        except config_lib.RequestError as error:
+            if not force:
+                raise config_lib.RequestError(f"{error}, or insist with --force") from None
+        if say is not None and (changes := self.changes(config, ())):
+            say(f"config changed since the last start: {'; '.join(changes)}")
 
     def check_same(self, config: ml_collections.ConfigDict, free: Sequence[str]) -> None:
         """Refuses a config that differs from the run's own, but in the keys or groups `free`.
@@ -222,19 +250,22 @@ class RunDirectory:
         Raises:
           RequestError: lists the differences.
         """
+        if differing := self.changes(config, free):
+            raise config_lib.RequestError(
+                f"{self.path} holds a run of another config: {'; '.join(differing)}; "
+                "choose another --workdir, or go back to those values"
+            )
+
+    def changes(self, config: ml_collections.ConfigDict, free: Sequence[str]) -> list[str]:
+        """What differs from the run's own config, in words, but for the keys or groups `free`."""
         saved = self.load_config()
-        differing = [
+        return [
             f"{key} was {config_lib.get(saved, key)}, is {config_lib.get(config, key)}"
             for key in config_lib.FIELDS
             if config_lib.get(saved, key) != config_lib.get(config, key)
             and key not in free
             and key.partition(".")[0] not in free
         ]
-        if differing:
-            raise config_lib.RequestError(
-                f"{self.path} holds a run of another config: {'; '.join(differing)}; "
-                "choose another --workdir, or go back to those values"
-            )
 
 
 def _is_start(entry: Any) -> bool:
