@@ -41,6 +41,12 @@ def read_text(path: epath.Path) -> str:
     return path.read_bytes().decode()
 
 
+def mtime(path: epath.Path) -> float:
+    """When a file was last written, in seconds."""
+    # That of epath asks for the owner's name, which a container may not know.
+    return path.stat().mtime if is_remote(path) else os.stat(path).st_mtime
+
+
 def matching(directory: epath.Path, pattern: str) -> list[epath.Path]:
     """What lies in a directory under names such as "*.npz", in their order; [] without directory.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import pathlib
 import sys
@@ -130,6 +131,9 @@ def main(argv: Sequence[str] | None = None, started: float | None = None) -> int
       argv: its arguments; those of the program, unless given.
       started: the monotonic time when the process began.
     """
+    for stream in (sys.stdout, sys.stderr):  # A terminal may know neither × nor the paths' letters.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     return reported(lambda: _run(sys.argv[1:] if argv is None else argv, started))
 
 

@@ -114,7 +114,7 @@ def read(path: epath.Path, names: Sequence[str] = ()) -> Arrays | None:
 def _kept(directory: epath.Path) -> dict[int, tuple[int, Arrays]]:
     """The whole pieces there, none over another: {start: (length, arrays)}."""
     kept, end = {}, 0
-    for path in sorted(directory.glob("*.npz")):
+    for path in files.matching(directory, "*.npz"):
         name = re.fullmatch(r"(\d{8})_(\d+)", path.stem)
         if name is None or int(name[1]) < end:
             continue

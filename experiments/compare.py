@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from ddpm_jax import files
 from ddpm_jax.config import RequestError
 from ddpm_jax.evaluation import manifest
 from ddpm_jax.evaluation.manifest import Manifest
@@ -37,7 +38,8 @@ def read(argument: str) -> dict[str, Manifest]:
         if path.is_file():
             found = [manifest.load(path)]
         else:
-            found = [manifest.load(p) for p in RunDirectory.of(path).evaluation.glob("step*.json")]
+            there = files.matching(RunDirectory.of(path).evaluation, "step*.json")
+            found = [manifest.load(p) for p in there]
     except ValueError as error:
         raise RequestError(str(error)) from error
     if not found:

@@ -72,7 +72,7 @@ def main() -> None:
     args = parser.parse_args()
     directory = RunDirectory.of(args.workdir)
     config = directory.load_config()
-    found = sorted(directory.samples.glob("*.npz"), key=lambda path: path.stat().mtime)
+    found = sorted(files.matching(directory.samples, "*.npz"), key=files.mtime)
     if args.samples:
         found = [path for path in [epath.Path(args.samples)] if path.is_file()]
     if not found:

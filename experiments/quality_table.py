@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_jax import generation
+from ddpm_jax import files, generation
 from ddpm_jax.config import RequestError
 from ddpm_jax.data import Source
 from ddpm_jax.evaluation import manifest, names, quality, reference
@@ -76,7 +76,7 @@ class Row:
 def results_there(study: Study) -> dict[str, Manifest]:
     """The results of the run's parameters in its evaluation/, by file: those of the bound first."""
     found, crc = {}, fingerprint(study.run.params)
-    for path in sorted(study.directory.evaluation.glob("step*.json")):
+    for path in files.matching(study.directory.evaluation, "step*.json"):
         try:
             one = manifest.load(path)
         except ValueError as error:
@@ -221,21 +221,21 @@ def real_lines(
         if features and _measured_on(m, alike):
             ours.setdefault(features, {})[value] = file
     n = min(len(images), len(held_out))
-    for features, files in ours.items():
+    for features, by_value in ours.items():
         try:
             extractor = make_extractor(features, e.weights, e.cache_dir)
         except RequestError as error:
             study.say(f"no lines of real images in {features}: {error}")
             continue
         space = Space(study, run, extractor)
-        for value, pair in _both(space, images, source, held_out, list(files), n).items():
-            m = found[files[value]]
+        for value, pair in _both(space, images, source, held_out, list(by_value), n).items():
+            m = found[by_value[value]]
             protocol, kind = m.measured.protocol | {"samples": n}, m.measured
             own, real = (
                 Measured(*x, kind.unit, kind.better, protocol, kind.estimator) for x in pair
             )
             if n == len(images):
-                lines[files[value]] = dataclasses.replace(as_row(m, files[value]), real=real)
+                lines[by_value[value]] = dataclasses.replace(as_row(m, by_value[value]), real=real)
                 continue
             words = in_words(dataclasses.replace(m, measured=own))
             name = names.quality_name(value, features, n)

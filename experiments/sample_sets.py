@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from ddpm_jax import generation, parts
+from ddpm_jax import files, generation, parts
 from ddpm_jax.config import RequestError
 from ddpm_jax.data import Source
 from ddpm_jax.evaluation import manifest, reference, requests
@@ -46,7 +46,7 @@ def drawn_by(
       exactly: whether only sets of `count` are taken.
     """
     there = []
-    for path in sorted(study.directory.samples.glob("step*.npz")):
+    for path in files.matching(study.directory.samples, "step*.npz"):
         run = _drew(study.run, path)
         if run is None or run.config.sample.count < max(count, 2):
             continue
@@ -54,7 +54,7 @@ def drawn_by(
             continue
         if not asked(study) or manner(run) == manner(study.run):
             found = run.config.sample.count
-            there.append((found == count, found, path.stat().mtime, path.name, run))
+            there.append((found == count, found, files.mtime(path), path.name, run))
     if there:
         *_, name, run = max(there, key=lambda found: found[:4])
         study.say(f"samples: {name}")

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from ddpm_jax import files
 from ddpm_jax.evaluation import manifest
 from ddpm_jax.evaluation.evaluators import make_evaluators
 from ddpm_jax.evaluation.manifest import Manifest, Measured
@@ -105,7 +106,7 @@ def evaluate_and_keep(
 
 def _read(directory: epath.Path, stem: str, protocol: dict[str, Any]) -> Measured | None:
     """The number kept there, under any rule that chose the checkpoint; None where none is whole."""
-    for path in sorted(directory.glob(f"{stem}*.json")):
+    for path in files.matching(directory, f"{stem}*.json"):
         try:
             m = manifest.load(path).measured
             return Measured(m, m.standard_error, m.unit, m.better, protocol, m.estimator, m.details)

@@ -171,7 +171,7 @@ def _save_converted(path: epath.Path, state: State, sha256: str, entry: Accepted
 
 def _any_converted(cache: epath.Path, accepted: tuple[Accepted, ...]) -> LoadedWeights | None:
     known = {entry.names[0]: entry.sha256 for entry in accepted}
-    found = (_load_converted(path) for path in sorted(cache.glob(f"{_CONVERTED}-*.safetensors")))
+    found = (_load_converted(path) for path in files.matching(cache, f"{_CONVERTED}-*.safetensors"))
     usable = [kept for kept in found if kept and known.get(kept.file_name) in ("", kept.sha256)]
     return max(usable, key=lambda kept: kept.has_logits, default=None)
 

@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ddpm_jax import bounded, session
+from ddpm_jax import bounded, files, session
 from ddpm_jax.parallel import to_host
 from ddpm_jax.training.metrics import NonFiniteError
 
@@ -50,7 +50,9 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file.
         # Of the leaves that cannot be read it raises one's error, and forgets the others'.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        self._directory = epath.Path(directory).resolve()  # Orbax reads absolute paths only.
+        self._directory = epath.Path(directory)
+        if not files.is_remote(directory):  # Orbax reads absolute paths only.
+            self._directory = self._directory.resolve()
         self._sweeps, self._saving = sweep, False
         policy: Any = ocp.checkpoint_managers.LatestN(keep)
         if keep_every:
@@ -93,14 +95,14 @@ class Checkpoints:
         """Renames a checkpoint in the way: there is one only if it was passed over as damaged."""
         path = self._directory / str(step)
         if jax.process_index() == 0 and path.exists():
-            taken = len(list(self._directory.glob(f"{step}.damaged*")))
+            taken = len(files.matching(self._directory, f"{step}.damaged*"))
             path.rename(self._directory / f"{step}.damaged{taken or ''}")
             self._manager.reload()
 
     def _sweep(self) -> None:
         """Removes what was never whole: it takes the space that the next one needs."""
         if self._sweeps and jax.process_index() == 0:
-            for left in self._directory.glob(f"*{_UNFINISHED}*"):
+            for left in files.matching(self._directory, f"*{_UNFINISHED}*"):
                 left.rmtree(missing_ok=True)
 
     def poll(self) -> None:

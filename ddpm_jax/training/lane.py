@@ -80,6 +80,7 @@ class Lane:
         self._skipped: list[int] = self._notes.get("skipped", [])
         self._saved: int | None = self.step
         self.seen = self.step
+        self._trouble = ""
         self._durations: list[float] = []  # Of a step each, since the last line.
         self._waits: dict[int, float] = {}  # For images, of each host, at the last line.
         self.lives = Lives(directory.goodput, clock, self.step, self._first_host)
@@ -327,7 +328,10 @@ class Lane:
                 raise
             if isinstance(error, CheckpointError):
                 self._saved = None
-            self._say(f"{error}; the training goes on (train.write_errors=continue)")
+            line = f"{error}; the training goes on (train.write_errors=continue)"
+            if line != self._trouble:  # A disk that is full stays so for a while.
+                self._trouble = line
+                self._say(line)
 
     def stop(self) -> None:
         """Saves what is not saved yet, and returns when it is on the disk.

@@ -80,7 +80,8 @@ class Pictures:
     def drawn(self, step: int) -> bool:
         """Whether the figure is there, drawn after the grid of this last step."""
         figure, grid = self.figure, self.grid(step)
-        return figure.exists() and grid.exists() and figure.stat().mtime >= grid.stat().mtime
+        both = figure.exists() and grid.exists()
+        return both and files.mtime(figure) >= files.mtime(grid)
 
     @property
     def figure(self) -> epath.Path:

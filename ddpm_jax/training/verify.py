@@ -24,6 +24,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
+from ddpm_jax import files
 from ddpm_jax.config import RequestError
 from ddpm_jax.data import Batches, Source, nbytes, open_source, resident_gather
 from ddpm_jax.parallel import compile_call, from_host, to_host
@@ -98,7 +99,7 @@ def _places(job: Job, directory: RunDirectory) -> Iterator[tuple[epath.Path, Any
     if directory.checkpoints.exists():
         yield directory.checkpoints, job.abstract
     best = {"ema_params": job.abstract.ema_params, "params": job.abstract.params}
-    for path in sorted(directory.best.glob("*")):
+    for path in files.matching(directory.best, "*"):
         yield path, best
 
 

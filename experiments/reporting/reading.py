@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from ddpm_jax import bounded, parts
+from ddpm_jax import bounded, files, parts
 from ddpm_jax.config import RequestError
 from ddpm_jax.evaluation import manifest
 from ddpm_jax.evaluation.manifest import Manifest
@@ -186,7 +186,7 @@ def read_records(directory: RunDirectory) -> list[dict[str, float]]:
 def grid_paths(directory: RunDirectory) -> dict[int, epath.Path]:
     """{step: file} of the samples drawn during training, steps ascending."""
     found = {}
-    for path in directory.samples.glob("step_*.png"):
+    for path in files.matching(directory.samples, "step_*.png"):
         if match := re.fullmatch(r"step_(\d+)", path.stem):
             found[int(match[1])] = path
     return dict(sorted(found.items()))
@@ -243,7 +243,7 @@ def number(text: Any) -> float | None:
 
 def _studies(directory: RunDirectory, shown: str) -> dict[str, Study]:
     found = {}
-    for path in sorted(directory.figures.glob("*.json")):
+    for path in files.matching(directory.figures, "*.json"):
         again = (
             f"make it again with python -m experiments.{path.stem} --run={shlex.quote(shown)}, or "
             "delete it"
@@ -302,7 +302,7 @@ def _drawn(directory: RunDirectory, config: ml_collections.ConfigDict) -> Drawn 
         "seed": config.seed,
     }
     steps: dict[int, list[epath.Path]] = {}
-    for path in directory.samples.glob("step*_grid_00000.png"):
+    for path in files.matching(directory.samples, "step*_grid_00000.png"):
         if match := re.match(r"step(\d+)_", path.name):
             steps.setdefault(int(match[1]), []).append(path)
     if not steps:
@@ -311,7 +311,7 @@ def _drawn(directory: RunDirectory, config: ml_collections.ConfigDict) -> Drawn 
     for path in steps[max(steps)]:
         name = path.name.removesuffix("_grid_00000.png")
         protocol = _protocol(path.parent / f"{name}.npz")
-        order = asked.items() <= protocol.items(), path.stat().mtime, name
+        order = asked.items() <= protocol.items(), files.mtime(path), name
         found.append((order, path, protocol))
     (_, _, name), path, protocol = max(found, key=lambda one: one[0])
     return Drawn(name, read_png(path), protocol)
@@ -330,7 +330,7 @@ def _results(directory: RunDirectory, shown: str) -> list[Result]:
     """The newest results of each name and protocol, by the names' last word."""
     again = f"run ddpm_jax.main --mode=evaluate --workdir={shlex.quote(shown)} again"
     found = []
-    for path in directory.evaluation.glob("step*.json"):
+    for path in files.matching(directory.evaluation, "step*.json"):
         try:
             found.append((manifest.load(path), path))
         except ValueError:

@@ -10,7 +10,7 @@ import shlex
 import ml_collections
 from etils import epath
 
-from ddpm_jax import bounded
+from ddpm_jax import bounded, files
 from ddpm_jax.config import RequestError
 from ddpm_jax.runs import RunDirectory
 from experiments.reporting.reading import Table, grid_paths, read_csv, read_png, read_records
@@ -101,7 +101,7 @@ def read_sweep(shown: str) -> SweepData:
     except ValueError:
         raise RequestError(f"{text} is damaged: it is not text; {again} again") from None
     place = [found.columns.index(name) for name in ("cell", "seed", "status")]
-    written = datetime.datetime.fromtimestamp(file.stat().mtime, datetime.UTC)
+    written = datetime.datetime.fromtimestamp(files.mtime(file), datetime.UTC)
     return SweepData(
         path,
         shown,

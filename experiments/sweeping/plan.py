@@ -143,7 +143,7 @@ class RunPlan:
         """The newest results by name of those measured as a stage says, at the step it means."""
         asked, chosen = self.asked(stage), self.config(stage).evaluation.checkpoint
         found: dict[str, Manifest] = {}
-        for path in RunDirectory.of(self.path).evaluation.glob("step*.json"):
+        for path in files.matching(RunDirectory.of(self.path).evaluation, "step*.json"):
             try:
                 m = manifest.load(path)
             except ValueError:  # Damaged: the evaluation measures it again.

@@ -81,7 +81,7 @@ def drawn_outside(run: RunPlan, stage: Stage) -> float | None:
         "clip": how.clip,
         "count": how.count,
     }
-    for path in RunDirectory.of(run.path).samples.glob("*.npz"):
+    for path in files.matching(RunDirectory.of(run.path).samples, "*.npz"):
         arrays = parts.read(path, ("outside", "protocol"))
         protocol = json.loads(str(arrays["protocol"])) if arrays else {}
         if asked.items() <= protocol.items():
