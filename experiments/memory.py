@@ -4,11 +4,10 @@
     python -m experiments.memory --devices=64 --configs=configs/lsun.py:cat --out=memory.md
 
 No such devices and no data are needed: the step is compiled for virtual CPU devices, and not run.
-The state's parts are counted as they lie; `other` is what the compiler says the program takes
-beside its arguments: activations, gradients and, under fsdp, parameters gathered. Operations are
-ordered by memory, as compilers for accelerators do. These fuse more and lay arrays out otherwise:
-take `other` for what a choice saves, not for what a GPU or TPU will say to the byte. Under pmap and
-jit the state is the same; in both the step overwrites it.
+The state's parts are counted as they lie, and the step overwrites them; `other` is what the program
+takes beside its arguments: activations, gradients and, under fsdp, parameters gathered. Compilers
+for accelerators fuse more and lay arrays out otherwise: take `other` for what a choice saves, not
+for what a GPU or TPU will say.
 
 Configs that recompute activations on the way back (parallel.remat) are shown without it, too.
 """
@@ -38,9 +37,10 @@ HEAD = (
     "| config | mode | remat | images | parameters | average | optimizer | other | total |",
     "|---|---|---|---|---|---|---|---|---|",
 )
-# The memory is the same without the optimisations that take the compiler's time.
 COMPILER = {
-    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    # Those for CPUs drop the barriers behind which activations are computed again, and do it early.
+    "xla_disable_hlo_passes": "cse_barrier_expander",
+    # The memory is the same without the optimisations that take the compiler's time.
     "xla_backend_optimization_level": 0,
 }
 

@@ -216,15 +216,15 @@ def test_rematerialisation_changes_memory_alone():
             out = model.apply({"params": params}, *inputs)
             return (out**2).mean(), out
 
-        # Ordered by memory, as accelerators' compilers do; those for CPUs look at speed alone.
-        order = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-        return jax.jit(jax.grad(loss, has_aux=True)).lower(*inputs, masks).compile(order)
+        # With the barriers that compilers for accelerators heed, and those for CPUs drop.
+        options = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+        return jax.jit(jax.grad(loss, has_aux=True)).lower(*inputs, masks).compile(options)
 
     def temporary(program):
         return program.memory_analysis().temp_size_in_bytes
 
     usual, frugal = compiled(plain), compiled(again)
-    assert temporary(frugal) < 0.75 * temporary(usual)
+    assert temporary(frugal) < 0.5 * temporary(usual)
     (grads, out), (grads_again, out_again) = (f(*inputs, masks) for f in (usual, frugal))
     np.testing.assert_allclose(out_again, out, rtol=1e-5, atol=1e-5 * np.abs(out).max())
     other = usual(*inputs, others)[1]

@@ -99,8 +99,7 @@ def memory(job: Job, options: Mapping[str, Any] | None = None) -> Memory:
     """The memory of a device, from the program of a call, which is compiled for it.
 
     Args:
-      options: the compiler's. Compilers for accelerators order a program's operations by the memory
-        they take; those for CPUs do not unless told so, and rematerialisation then saves nothing.
+      options: the compiler's.
     """
     images = batch_shape(job)
     call = compile_call(job.layout, functools.partial(train_call, job.task), job.sharding)
