@@ -20,12 +20,15 @@ import pytest
 from runs_for_tests import ROOT, TINY, start
 
 from ddpm_jax import config as config_lib
+from ddpm_jax.config import RequestError
 from ddpm_jax.data import Batches, open_source
 from ddpm_jax.evaluation.bound import compile_terms
 from ddpm_jax.generation import compile_sampler
-from ddpm_jax.parallel import compile_call, from_host, to_host
+from ddpm_jax.parallel import AXIS, Layout, compile_call, from_host, to_host
+from ddpm_jax.training import check
 from ddpm_jax.training.job import initial_state, make_job, template
 from ddpm_jax.training.step import seeded_call
+from experiments import memory
 
 STEPS, EARLY, BATCH = 50, 10, 32
 DEVICES, MODES, MICROBATCHES = (1, 2, 4, 8), ("jit", "fsdp", "pmap"), (1, 2, 4)
@@ -119,6 +122,13 @@ def shaken_step(task, key, carried, images):
     return seeded_call(task, (seed, state), images)
 
 
+def overwriting(call, carried, images):
+    """`call`, which is to leave nothing of the state it was given."""
+    done = call(carried, images)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(carried[1]))
+    return done
+
+
 def run_layouts(directory, marks, whole, names):
     """Saves the results of each layout; those in `whole` evaluate."""
     for name in names:
@@ -126,7 +136,8 @@ def run_layouts(directory, marks, whole, names):
         job = make_job(small_config(mode, int(microbatches)), jax.devices()[: int(devices)])
         shardings = job.layout.replicated, job.sharding
         call = compile_call(job.layout, functools.partial(seeded_call, job.task), shardings)
-        save_run(directory, name, job, call, marks, evaluator(job) if name in whole else None)
+        evaluate = evaluator(job) if name in whole else None
+        save_run(directory, name, job, functools.partial(overwriting, call), marks, evaluate)
 
 
 def run_on_one_host(directory, whole, *names):
@@ -234,3 +245,59 @@ def test_several_hosts_give_the_numbers_of_one_device(request, runs, tmp_path, h
     found = finished(processes, tmp_path)
     for name in names:
         assert_same(runs, found[f"{name}_at_{steps}"], steps, f"{hosts} hosts, {name}")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fsdp_splits_a_leaf_along_its_largest_axis_that_divides(mode):
+    layout = Layout(mode, jax.sharding.AbstractMesh((8,), (AXIS,)))
+    wanted = {  # Of each shape, that of a device's part.
+        (): (),
+        (3,): (3,),
+        (128,): (16,),
+        (3, 3, 64, 128): (3, 3, 64, 16),
+        (16, 20): (2, 20),
+        (24, 16): (3, 16),
+        (4, 2): (4, 2),
+    }
+    for shape, part in wanted.items():
+        sharding = layout.state(jax.ShapeDtypeStruct(shape, jnp.float32))
+        assert sharding.shard_shape(shape) == (part if mode == "fsdp" else shape)
+
+
+def test_memory_is_counted_by_parts_and_the_state_is_overwritten():
+    job = make_job(small_config("pmap"))
+    count = sum(leaf.size for leaf in jax.tree.leaves(job.abstract.params))
+    needs = check.memory(job)
+    counters = 4 * 2  # Adam's own and its schedule's, int32.
+    assert (needs.params, needs.ema_params) == (4 * count, 4 * count)
+    assert needs.optimizer == 8 * count + counters
+    assert needs.images == BATCH * 8 * 8
+    assert needs.reused == 16 * count + counters + 4  # And the step's number.
+    assert needs.temporary > 4 * count  # The gradients at least.
+    assert needs.total == 16 * count + counters + needs.images + needs.temporary
+
+
+def test_the_table_of_memory_has_each_mode_with_and_without_remat(monkeypatch, tmp_path):
+    mine, mib, asked = tmp_path / "mine.py", 2**20, []
+    needs = check.Memory(1 * mib, 2 * mib, 3 * mib, 4 * mib, 1500 * mib, 6 * mib)
+    monkeypatch.setattr(memory, "memory", lambda job, _: asked.append(job.task.model) or needs)
+    lines = "import test_layouts", "def get_config(variants):", "    return test_layouts.again()"
+    mine.write_text("\n".join(lines))
+    rows = memory.table([str(mine), "digits"], jax.devices(), lambda line: None).splitlines()[2:]
+    numbers = "| 1.0 | 2.0 | 3.0 | 1,500.0 | 1,510.0 |"
+    wanted = [
+        f"| {name} | {mode} | {remat} | {images} {numbers}"
+        for name, remat, images in ((mine, "no", 32), (mine, "yes", 32), ("digits", "no", 64))
+        for mode in memory.MODES
+    ]
+    assert rows == wanted
+    assert [model.remat for model in asked] == [False] * 3 + [True] * 3 + [False] * 3
+    with pytest.raises(RequestError, match=r"no file configs/digit\.py"):
+        memory.table(["digit"], jax.devices(), print)
+
+
+def again():
+    """A small config that recomputes on the way back."""
+    config = small_config()
+    config.parallel.remat = True
+    return config
