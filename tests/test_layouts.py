@@ -122,13 +122,6 @@ def shaken_step(task, key, carried, images):
     return seeded_call(task, (seed, state), images)
 
 
-def overwriting(call, carried, images):
-    """`call`, which is to leave nothing of the state it was given."""
-    done = call(carried, images)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(carried[1]))
-    return done
-
-
 def run_layouts(directory, marks, whole, names):
     """Saves the results of each layout; those in `whole` evaluate."""
     for name in names:
@@ -136,8 +129,7 @@ def run_layouts(directory, marks, whole, names):
         job = make_job(small_config(mode, int(microbatches)), jax.devices()[: int(devices)])
         shardings = job.layout.replicated, job.sharding
         call = compile_call(job.layout, functools.partial(seeded_call, job.task), shardings)
-        evaluate = evaluator(job) if name in whole else None
-        save_run(directory, name, job, functools.partial(overwriting, call), marks, evaluate)
+        save_run(directory, name, job, call, marks, evaluator(job) if name in whole else None)
 
 
 def run_on_one_host(directory, whole, *names):
