@@ -116,7 +116,10 @@ class _Mapped:
         return jax.tree.map(lambda x: _renamed(x, all_.replicated), self._call(local, parts))
 
     def lower(self, state: Any, images: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
-        return self._call.lower(state, jax.eval_shape(self._dealt, images))
+        # Only such values pass for arrays of all hosts, not of this one.
+        shapes = state, jax.eval_shape(self._dealt, images)
+        values = jax.tree.map(lambda x: jax.core.ShapedArray(x.shape, x.dtype), shapes)
+        return self._call.lower(*values)
 
 
 def _renamed(x: Any, sharding: NamedSharding) -> Any:

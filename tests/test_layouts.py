@@ -24,7 +24,7 @@ from ddpm_jax.config import RequestError
 from ddpm_jax.data import Batches, open_source
 from ddpm_jax.evaluation.bound import compile_terms
 from ddpm_jax.generation import compile_sampler
-from ddpm_jax.parallel import AXIS, Layout, compile_call, from_host, to_host
+from ddpm_jax.parallel import AXIS, Layout, compile_call, from_host, make_layout, to_host
 from ddpm_jax.training import check
 from ddpm_jax.training.job import initial_state, make_job, template
 from ddpm_jax.training.step import seeded_call
@@ -254,6 +254,23 @@ def test_fsdp_splits_a_leaf_along_its_largest_axis_that_divides(mode):
     for shape, part in wanted.items():
         sharding = layout.state(jax.ShapeDtypeStruct(shape, jnp.float32))
         assert sharding.shard_shape(shape) == (part if mode == "fsdp" else shape)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_state_is_overwritten_where_it_lies(mode):
+    def call(state, images, axis_name=None):
+        total = images.astype(jnp.float32).sum()
+        return 2 * state + (jax.lax.psum(total, axis_name) if axis_name else total), total
+
+    def place(x):
+        return [shard.data.unsafe_buffer_pointer() for shard in x.addressable_shards]
+
+    layout = make_layout(mode)
+    state = jax.jit(lambda: jnp.arange(1000.0), out_shardings=layout.replicated)()
+    images, before = from_host(np.ones((1, 8, 2), np.uint8), layout.split(1)), place(state)
+    new, _ = compile_call(layout, call, layout.replicated)(state, images)
+    assert state.is_deleted() and place(new) == before
+    np.testing.assert_array_equal(new, 2 * np.arange(1000.0) + 16)
 
 
 def test_memory_is_counted_by_parts_and_the_state_is_overwritten():
