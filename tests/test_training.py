@@ -1,9 +1,7 @@
 """Whole runs: what they leave behind, going on to the bit, and what can go wrong."""
 
 import re
-import signal
 import socket
-import time
 
 import numpy as np
 import pytest
@@ -55,47 +53,6 @@ def test_going_on_gives_the_same_run_to_the_bit(whole, tmp_path, first):
     assert lines(tmp_path) == lines(whole)
 
 
-def wait_for_checkpoint(process, workdir):
-    """Until the first checkpoint is whole."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"no checkpoint: {process.communicate()}")
-
-
-LONG = {"train__steps": 300, "train__checkpoint_every": 50}
-
-
-@pytest.fixture(scope="module")
-def long_run(tmp_path_factory):
-    """An unbroken run long enough to be interrupted."""
-    workdir = tmp_path_factory.mktemp("runs") / "long"
-    assert train(workdir, **LONG) == 0
-    return workdir
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_run_that_is_stopped_or_killed_goes_on_to_the_bit(long_run, tmp_path, number):
-    process = start(arguments(tmp_path, **LONG))
-    wait_for_checkpoint(process, tmp_path)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    if number == signal.SIGKILL:
-        assert process.returncode == -9
-    else:
-        assert process.returncode == 75
-        assert re.search(r"stopped at step \d+; the same command goes on", errors)
-        assert "Traceback" not in errors
-    _, reached = final_state(tmp_path)
-    assert 50 <= reached < 300
-    assert train(tmp_path, **LONG) == 0
-    assert_equal_states(final_state(long_run)[0], final_state(tmp_path)[0])
-    assert lines(tmp_path) == lines(long_run)
-
-
 def test_lines_after_the_checkpoint_of_a_killed_run_are_dropped(whole, tmp_path):
     assert train(tmp_path, train__steps=10) == 0
     later = '{"step": 15, "loss": 1.0}\n{"step": 20, "lo'
@@ -106,21 +63,15 @@ def test_lines_after_the_checkpoint_of_a_killed_run_are_dropped(whole, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's threads.
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, capsys, damage):
+def test_a_damaged_checkpoint_is_named_passed_over_and_kept(tmp_path, capsys):
     assert train(tmp_path) == 0
     sound, _ = final_state(tmp_path)
     data = [path for path in (tmp_path / "checkpoints/20/state").rglob("d/*") if path.is_file()]
     # All of any size: which of them hold older versions of a node depends on Orbax's threads.
     for victim in [path for path in data if path.stat().st_size > 5000]:
         content = bytearray(victim.read_bytes())
-        if damage == "remove":
-            victim.unlink()
-        elif damage == "truncate":
-            victim.write_bytes(content[: len(content) // 2])
-        else:
-            content[len(content) // 2] ^= 1
-            victim.write_bytes(content)
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
     capsys.readouterr()
     assert train(tmp_path) == 0
     said = capsys.readouterr().out
@@ -198,18 +149,6 @@ def test_two_hosts_train_and_sample_as_one(whole, tmp_path):
         - generation.load_images(whole / "samples" / path.name)[0]
     )
     assert difference.max() <= 2 and (difference > 0).mean() < 0.05
-
-
-@pytest.mark.slow
-def test_a_signal_to_one_host_stops_both_after_the_same_step(tmp_path):
-    settings = {"train__steps": 4000, "train__checkpoint_every": 50}
-    processes = start_hosts(tmp_path / "run", **settings)
-    wait_for_checkpoint(processes[0], tmp_path / "run")
-    processes[1].send_signal(signal.SIGTERM)
-    outputs = [process.communicate(timeout=100) for process in processes]
-    assert [process.returncode for process in processes] == [75, 75], outputs
-    stopped = {re.search(r"stopped at step (\d+)", errors)[1] for _, errors in outputs}
-    assert stopped == {str(final_state(tmp_path / "run")[1])}
 
 
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused(tmp_path):
