@@ -9,8 +9,6 @@ from runs_for_tests import arguments, assert_equal_states, final_state, lines
 
 from ddpm_jax.training import goodput
 
-BEGAN = ("began", 0)
-
 
 class Run:
     """A run directory, and what each of its lives says: `folder`/life_NN.log."""
@@ -46,32 +44,24 @@ class Run:
         found = (self.workdir / "checkpoints").glob("*orbax-checkpoint-tmp*")
         return {(path.name, path.stat().st_ino) for path in found}
 
-    def reached(self, mark):
-        """Whether the run has come to a mark: ("checkpoint" or "line" of metrics, step)."""
-        kind, step = mark
-        if kind == "checkpoint":
-            return self.newest() >= step
-        path = self.workdir / "metrics.jsonl"
-        return kind == "began" or (path.exists() and f'{{"step": {step},' in path.read_text())
-
-    def await_mark(self, pid, mark):
-        """Whether a life came to a mark before it ended."""
+    def await_checkpoint(self, pid, step):
+        """Whether a life came to the checkpoint of a step before it ended; 0: it has, always."""
         deadline = time.monotonic() + PATIENCE
-        while not self.reached(mark):
+        while self.newest() < step:
             if self.nursery.ended(pid) is not None:
                 return False
-            assert time.monotonic() < deadline, (mark, self.said())
+            assert time.monotonic() < deadline, (step, self.said())
             time.sleep(0.005)
         return True
 
-    def timed(self, pid, marks):
-        """Seconds from a life's beginning to each mark, in their order, and to its end."""
-        began, seconds = time.monotonic(), {}
-        for mark in marks:
-            assert self.await_mark(pid, mark), self.said()
-            seconds[mark] = time.monotonic() - began
+    def timed(self, pid, steps=()):
+        """Seconds from a life's beginning to its checkpoints of some steps, and to its end."""
+        began, seconds = time.monotonic(), []
+        for step in steps:
+            assert self.await_checkpoint(pid, step), self.said()
+            seconds.append(time.monotonic() - began)
         assert self.code(pid) == 0, self.said()
-        return seconds | {"end": time.monotonic() - began}
+        return [*seconds, time.monotonic() - began]
 
     def lives(self):
         """What goodput.json tells of lives; those that ended before they began are not there."""

@@ -21,7 +21,7 @@ AGAIN = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SETTINGS = {
     "train__checkpoint_every": 1,
-    "train__log_every": 1,
+    "train__log_every": 3,
     "train__sample_every": 4,
     "train__max_restarts": 0,  # Chance stops at the same place often enough.
 }
@@ -43,12 +43,12 @@ def pytest_generate_tests(metafunc):
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """What happens to a life, and when: a while after a mark that it has come to.
+    """What happens to a life, and when: a while after a checkpoint.
 
     Attributes:
       signals: one, or two in a row.
       checkpoints: how many the life makes before; -1: all that there will be.
-      evaluating: whether after it has begun to evaluate, instead.
+      evaluating: whether after the one at which it evaluates, instead.
       longest: seconds from there, at most.
     """
 
@@ -57,11 +57,13 @@ class Fault:
     longest: float
     evaluating: bool = False
 
-    def mark(self, newest, last):
+    def after(self, newest, last):
+        """The step of that checkpoint in a life that begins at `newest`; 0: its beginning."""
         if self.evaluating:
-            return "line", EVALUATED
-        made = newest + self.checkpoints if self.checkpoints >= 0 else last
-        return ("checkpoint", min(made, last)) if self.checkpoints else ("began", 0)
+            return EVALUATED
+        if self.checkpoints == 0:
+            return 0
+        return last if self.checkpoints < 0 else min(newest + self.checkpoints, last)
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +77,9 @@ def unbroken(request, nursery, tmp_path_factory):
             settings = SETTINGS | (EVALUATING if what == "evaluating" else {})
             settings |= {"train__steps": steps}
             run = made[what] = Run(nursery, tmp_path_factory.mktemp(what), settings)
-            marks = [("checkpoint", k) for k in (1, EVALUATED, EVALUATED + 1, steps)]
-            seconds = run.timed(run.start(), marks)
-            first, evaluating, evaluated, last = (seconds[mark] for mark in marks)
-            run.cold_seconds, run.end_seconds = first, seconds["end"] - last
+            some = 1, EVALUATED, EVALUATED + 1, steps
+            first, evaluating, evaluated, last, end = run.timed(run.start(), some)
+            run.cold_seconds, run.end_seconds = first, end - last
             run.save_seconds = (evaluating - first) / (EVALUATED - 1)
             run.evaluate_seconds = evaluated - evaluating
             (life,) = run.lives()
@@ -166,7 +167,7 @@ def test_a_run_that_is_stopped_again_and_again_loses_nothing(
     for fault in drawn(rng, kills, stops, whole, cache is not None, kind == "evaluating"):
         newest, unfinished = run.newest(), run.unfinished()
         pid = run.start()
-        if run.await_mark(pid, fault.mark(newest, last)):
+        if run.await_checkpoint(pid, fault.after(newest, last)):
             time.sleep(rng.uniform(0, fault.longest))
         code, seconds = strike(run, pid, fault, rng)
         said, killed = run.said(), fault.signals == (signal.SIGKILL,)
@@ -216,7 +217,7 @@ def test_what_uses_a_run_can_be_stopped_too(nursery, unbroken, tmp_path, tally, 
         run.folder.mkdir()
         shutil.copytree(whole.workdir, run.workdir)
     alone, run = runs
-    seconds = alone.timed(alone.start(mode), [])["end"]
+    (seconds,) = alone.timed(alone.start(mode))
     for k in range(10):
         pid = run.start(mode)
         time.sleep(rng.uniform(0, seconds))

@@ -74,8 +74,7 @@ def strike(run, layout, number, made, rng, tally):
     """
     count, before = layout[0], run.newest()
     pids = begin(run, layout)
-    mark = ("checkpoint", min(before + EVERY * made, STEPS)) if made else ("began", 0)
-    if run.await_mark(pids[0], mark):
+    if run.await_checkpoint(pids[0], min(before + EVERY * made, STEPS) if made else 0):
         time.sleep(rng.uniform(0, 1.0 if made else 4.0))
     index = int(rng.integers(count))
     if run.nursery.ended(pids[index]) is None:
