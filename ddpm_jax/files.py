@@ -11,6 +11,7 @@ import errno
 import fcntl
 import fnmatch
 import io
+import itertools
 import logging
 import math
 import os
@@ -39,6 +40,12 @@ def is_remote(path: epath.PathLike) -> bool:
 def read_text(path: epath.Path) -> str:
     """The text of a UTF-8 file, whatever the locale."""
     return path.read_bytes().decode()
+
+
+def unused(path: epath.Path) -> epath.Path:
+    """The path, or the first of PATH1, PATH2, … where nothing is."""
+    names = itertools.chain([path.name], (f"{path.name}{k}" for k in itertools.count(1)))
+    return next(free for free in (path.parent / name for name in names) if not free.exists())
 
 
 def mtime(path: epath.Path) -> float:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ddpm_jax import session
 
@@ -31,6 +31,9 @@ class Watch:
     On several hosts a signal to one stops all, after the same step. A watch within another is that
     one. It also ends the process when nobody has asked for `hang_seconds`: what waits for another
     host, a device or a disk may do so for ever.
+
+    Attributes:
+      farewell: called, from another thread, with how it ends where it ends the process itself.
     """
 
     _open: ClassVar[Watch | None] = None  # Signals are the process's, and so is who hears them.
@@ -49,6 +52,7 @@ class Watch:
           patience: how many times that long it may take.
         """
         self._hang_seconds, self._doing, self._patience = hang_seconds, doing, patience
+        self.farewell: Callable[[str], Any] = lambda how: None
         self._outer: Watch | None = None
         self._signals = 0
         self._before: dict[int, object] = {}
@@ -134,6 +138,10 @@ class Watch:
 
     def _end(self, message: str) -> None:
         print(message, file=sys.stderr, flush=True)
+        how = "interrupted" if message == AT_ONCE else message
+        last = threading.Thread(target=self.farewell, args=(how,), daemon=True)
+        last.start()
+        last.join(SECONDS)  # The disk may be what hangs.
         of_all = session.current()
         if of_all:
             of_all.leave(EXIT_CODE, message)

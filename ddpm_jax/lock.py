@@ -47,8 +47,12 @@ class Lock:
         Raises:
           LostError: the lock is lost.
         """
+        self._look()
         if self.lost:
             raise LostError("another training has taken the run directory; this one ends")
+
+    def _look(self) -> None:
+        """Finds out about `lost` where it is not known."""
 
     @property
     def lost(self) -> bool:
@@ -167,6 +171,7 @@ class RenewedLock(Lock):
         say: Callable[[str], None],
         patience: float = PATIENCE_SECONDS,
         pause: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
     ):
         """Takes it when nobody has it, or nobody has renewed it for `patience` seconds.
 
@@ -177,6 +182,7 @@ class RenewedLock(Lock):
         self._path = directory / NAME
         self._content = {**_this_process(), "token": uuid.uuid4().hex, "renewals": 0}
         self._lost, self._ended = False, threading.Event()
+        self._clock, self._patience, self._renewed = clock, patience, clock()
         self._thread: threading.Thread | None = None
         self._wait_for_others(directory, say, patience, pause)
         files.replace(self._path, json.dumps(self._content))
@@ -228,6 +234,13 @@ class RenewedLock(Lock):
             return
         self._content["renewals"] += 1
         files.replace(self._path, json.dumps(self._content))
+        self._renewed = self._clock()
+
+    def _look(self) -> None:
+        """After an outage, or a sleep, another one may have it: reads, before that one is hurt."""
+        if self._clock() - self._renewed > self._patience / 2:
+            with contextlib.suppress(OSError):  # Nothing else can be written then, either.
+                self.renew()
 
     @property
     def lost(self) -> bool:

@@ -172,15 +172,18 @@ class RunDirectory:
             raise config_lib.RequestError(f"{self.config} is not a config: {reason}") from error
 
     def save_config(self, config: ml_collections.ConfigDict) -> None:
-        """Saves the config, on the first host; see `check_resumable`.
+        """Saves the config, on the first host, where it is not the one there.
 
         Raises:
           RequestError: it cannot be written.
         """
-        if jax.process_index() != 0:
-            return
+        text = config_lib.to_json(config)
         try:
-            files.replace(self.config, config_lib.to_json(config))
+            if jax.process_index() != 0 or (
+                self.config.exists() and files.read_text(self.config) == text
+            ):
+                return
+            files.replace(self.config, text)
         except OSError as error:
             raise config_lib.RequestError(
                 f"{self.path} cannot be written: {error.strerror or error}"
@@ -213,7 +216,7 @@ class RunDirectory:
             starts = self.load_starts()
         except config_lib.RequestError:
             starts = []
-            self.provenance.replace(self.path / "provenance.json.damaged")
+            self.provenance.rename(files.unused(self.path / "provenance.json.damaged"))
         starts.append(manifest.start_provenance(step))
         files.replace(self.provenance, json.dumps(starts, indent=1, ensure_ascii=False) + "\n")
 
@@ -233,6 +236,9 @@ class RunDirectory:
         """
         if not self.config.exists():
             return
+        if force and (problem := self._damage()):
+            say(f"--force: {problem}; it is written anew")
+            return
         # A folder of images is known by its path alone.
         folder = config.data.name == "folder"
         free = [k for k in HARMLESS if not (folder and k == "data.data_dir")]
@@ -240,9 +246,17 @@ class RunDirectory:
             self.check_same(config, free)
         except config_lib.RequestError as error:
             if not force:
-                raise config_lib.RequestError(f"{error}, or insist with --force") from None
+                raise config_lib.RequestError(f"{error}, or start with --force") from None
         if say is not None and (changes := self.changes(config, ())):
             say(f"config changed since the last start: {'; '.join(changes)}")
+
+    def _damage(self) -> str:
+        """Why the saved config cannot be read; "" where it can."""
+        try:
+            self.load_config()
+        except config_lib.RequestError as error:
+            return str(error)
+        return ""
 
     def check_same(self, config: ml_collections.ConfigDict, free: Sequence[str]) -> None:
         """Refuses a config that differs from the run's own, but in the keys or groups `free`.

@@ -26,11 +26,38 @@ from ddpm_jax.config import RequestError
 
 ROOT = "ddpm_jax"
 BEAT_SECONDS = 1.0
+BEAT_HOSTS = 32  # With more of them each tells less often: process 0 answers all.
 GRACE_SECONDS = 3.0  # For others to say or hear what happened, before a process ends.
+ASLEEP_SECONDS = 10.0  # A thread that wakes so late: the whole process was stopped.
 AGREE_SECONDS = 300.0
 # What errors of collectives say when another process has gone.
 LOST = ("Gloo", "gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "onnection", "ABORTED")
 AGAIN = 75  # EX_TEMPFAIL: the same command goes on.
+
+
+class AbsentError(RuntimeError):
+    """Not all processes have come in time; they may the next time."""
+
+
+@dataclasses.dataclass
+class Status:
+    """What a process tells the others.
+
+    Attributes:
+      beat: another number each time.
+      doing: in words.
+      waited: seconds, for its images.
+      stop: whether it was asked to stop.
+      failed: its exit code and why, where it ends itself; [] elsewhere.
+      ended: whether it has left in good order.
+    """
+
+    beat: int = -1
+    doing: str = ""
+    waited: float = 0.0
+    stop: bool = False
+    failed: list[Any] = dataclasses.field(default_factory=list)
+    ended: bool = False
 
 
 class Session:
@@ -47,6 +74,7 @@ class Session:
         index: int,
         count: int,
         host_seconds: float,
+        agree_seconds: float = AGREE_SECONDS,
         beat_seconds: float = BEAT_SECONDS,
         end: Callable[[int], None] = os._exit,
     ):
@@ -56,24 +84,26 @@ class Session:
           client: of JAX's coordination service.
           index, count: of this process, and how many there are.
           host_seconds: how long a process may be silent before the others end.
+          agree_seconds: how long the others are waited for where all have to come.
           beat_seconds: how often it tells that it lives.
           end: ends the process with a code, from any thread.
         """
         self.doing: Callable[[], str] = lambda: "starting"
         self.waited: Callable[[], float] = lambda: 0.0
         self.index, self.count = index, count
-        self._client, self._host_seconds = client, host_seconds
-        self._beat_seconds, self._end_process = beat_seconds, end
-        self._names: dict[int, str] = {}
+        self._client, self._host_seconds, self._agree_seconds = client, host_seconds, agree_seconds
+        self._beat_seconds = beat_seconds * max(1.0, count / BEAT_HOSTS)
+        self._end_process = end
+        self._names = {k: f"process {k}" for k in range(count)}
         self._gathered = itertools.count()
         self._questions, self._stop_at = 0, None
         self._stopping = threading.Lock()  # Held while it is being agreed where to stop.
-        self._announced, self._stop_agreed = False, False
+        self._telling = threading.Lock()
+        self._own = Status()
         self._closed, self._hurry = threading.Event(), threading.Event()
         now = time.monotonic()
         self._reached = now
-        self._heard = {k: (None, now) for k in range(count) if k != index}
-        self._set("name", f"{socket.gethostname()}")
+        self._heard = {k: (Status(), now) for k in range(count) if k != index}
         self._start(self._live)
         self._start(self._guard)
 
@@ -84,30 +114,48 @@ class Session:
 
     # Agreement.
 
-    def gather(self, what: str, value: Any, seconds: float = AGREE_SECONDS) -> list[Any]:
-        """The JAX-free, JSON-able values of all processes, by index.
+    def introduce(self) -> None:
+        """Tells the others this host's name, and hears theirs; every process must come."""
+        for k, host in enumerate(self.gather("coming together", socket.gethostname())):
+            self._names[k] = f"process {k} on {host}"
 
-        Every process must call it equally often.
+    def name(self, index: int) -> str:
+        """What a process is called in messages."""
+        return self._names[index]
+
+    def gather(self, what: str, value: Any, seconds: float | None = None) -> list[Any]:
+        """The JSON-able values of all processes, by index.
+
+        Every process must call it equally often, for the same purposes.
 
         Args:
-          what: is done, for the message.
+          what: is done, in words.
           seconds: how long to wait for the others.
         Raises:
-          RequestError: names those that did not come.
+          AbsentError: names those that did not come.
+          RequestError: names one that came for another purpose.
         """
         key = f"gather/{next(self._gathered)}"
-        self._set(key, json.dumps(value))
+        limit = self._agree_seconds if seconds is None else seconds
+        self._set(key, json.dumps([what, value]))
         try:
-            self._client.wait_at_barrier(f"{ROOT}/{key}", round(seconds * 1000))
+            self._client.wait_at_barrier(f"{ROOT}/{key}", round(limit * 1000))
         except jax.errors.JaxRuntimeError as error:
             there = self._all(key)
             missing = [self.name(k) for k in range(self.count) if k not in there]
             who = ", ".join(missing) or str(error).splitlines()[0]
-            raise RequestError(
-                f"{what}: not all hosts have come within {seconds:g} s: {who}"
+            raise AbsentError(
+                f"{what}: not all hosts have come within {limit:g} s: {who}; the same command "
+                "goes on, with a larger --startup_seconds if need be"
             ) from None
-        there = self._all(key)
-        return [json.loads(there[k]) for k in range(self.count)]
+        there = {k: json.loads(text) for k, text in self._all(key).items()}
+        for k, (theirs, _) in sorted(there.items()):
+            if theirs != there[0][0]:
+                raise RequestError(
+                    f"the hosts were not started alike: {theirs!r} on {self.name(k)}, "
+                    f"{there[0][0]!r} on {self.name(0)}"
+                )
+        return [there[k][1] for k in range(self.count)]
 
     # Stopping.
 
@@ -117,8 +165,8 @@ class Session:
         Args:
           requested: whether this process was asked to.
         """
-        if requested and not self._announced:
-            self._announced = True  # In the thread: process 0 may not answer.
+        if requested and not self._own.stop:
+            self._own.stop = True  # The thread tells it: process 0 may not answer.
             self._hurry.set()
         with self._stopping:
             self._questions += 1
@@ -126,70 +174,68 @@ class Session:
 
     def _agree_to_stop(self) -> None:
         """Finds the first question that no process has answered yet."""
-        with self._stopping, contextlib.suppress(jax.errors.JaxRuntimeError):
-            # Nobody asks on meanwhile. Whoever does not come falls silent, or has failed.
-            self._set("stop_at", str(self._questions))
-            self._client.wait_at_barrier(f"{ROOT}/stop", round(2 * self._host_seconds * 1000))
-            self._stop_at = 1 + max(map(int, self._all("stop_at").values()))
+        with self._stopping:  # Nobody asks on meanwhile.
+            try:
+                self._set("stop_at", str(self._questions))
+                self._client.wait_at_barrier(f"{ROOT}/stop", round(self._host_seconds * 1000))
+                self._stop_at = 1 + max(map(int, self._all("stop_at").values()))
+            except jax.errors.JaxRuntimeError as error:  # Some may go on: nobody can.
+                reason = str(error).splitlines()[0]
+                self._end(AGAIN, f"the hosts could not agree where to stop: {reason}")
 
     # Watching.
 
-    def name(self, index: int) -> str:
-        """What a process is called in messages."""
-        if index not in self._names:
-            try:
-                host = self._client.key_value_try_get(f"{ROOT}/name/{index}")
-            except jax.errors.JaxRuntimeError:
-                return f"process {index}"
-            self._names[index] = f"process {index} on {host}"
-        return self._names[index]
-
     def waits(self) -> dict[int, float]:
         """How many seconds each process has waited for its images, as last heard of."""
-        beats = {k: json.loads(beat) for k, (beat, _) in self._heard.items() if beat}
-        return {self.index: self.waited(), **{k: beat[2] for k, beat in beats.items()}}
+        heard = {k: status.waited for k, (status, _) in self._heard.items()}
+        return {self.index: self.waited(), **heard}
+
+    def _tell(self) -> None:
+        with self._telling:
+            self._own.beat += 1
+            self._own.doing, self._own.waited = self.doing(), self.waited()
+            self._set("status", json.dumps(dataclasses.asdict(self._own)))
 
     def _live(self) -> None:
         """Tells the others each second that this process lives, and hears of them."""
-        failed_since = None
-        for beat in itertools.count():
-            if self._closed.is_set():
-                return
-            try:
-                self._set("beat", json.dumps([beat, self.doing(), self.waited()]))
-                beats, failed = self._all("beat"), self._all("failed")
-                ended = self._all("ended")
-                if self._announced:
-                    self._set("stop", "")
-                if not self._stop_agreed and self._all("stop"):
-                    self._stop_agreed = True
+        failed_since, agreeing = None, False
+        while not self._closed.is_set():
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # The guard counts.
+                self._tell()
+                of_all = {k: Status(**json.loads(s)) for k, s in self._all("status").items()}
+                self._reached = time.monotonic()
+                failed = {}
+                for k in self._heard:
+                    status = of_all.get(k, Status())
+                    if status.ended or status.beat != self._heard[k][0].beat:
+                        self._heard[k] = status, self._reached
+                    if status.failed:
+                        failed[k] = status.failed
+                if not agreeing and any(status.stop for status in of_all.values()):
+                    agreeing = True
                     self._start(self._agree_to_stop)
-            except jax.errors.JaxRuntimeError:  # The guard counts.
-                self._closed.wait(self._beat_seconds)
-                continue
-            self._reached = time.monotonic()
-            for k, (last, _) in self._heard.items():
-                if k in ended or beats.get(k) != last:
-                    self._heard[k] = beats.get(k), self._reached
-            failed.pop(self.index, None)
-            failed_since = failed and (failed_since or self._reached)
-            if failed and self._reached - failed_since > GRACE_SECONDS:
-                index, told = min(failed.items())
-                code, message = json.loads(told)
-                self._end(code, f"{self.name(index)} has stopped: {message}")
+                failed_since = (failed_since or self._reached) if failed else None
+                if failed and self._reached - failed_since > GRACE_SECONDS:
+                    index, (code, message) = min(failed.items())
+                    self._end(code, f"{self.name(index)} has stopped: {message}")
             self._hurry.wait(self._beat_seconds)
             self._hurry.clear()
 
     def _guard(self) -> None:
         """Ends this process when another has been silent for too long."""
-        while not self._closed.wait(self._beat_seconds):
-            now, silent = time.monotonic(), self._silent()
+        looked = time.monotonic()
+        while not self._closed.wait(min(self._beat_seconds, 1.0)):
+            now = time.monotonic()
+            if now - looked > ASLEEP_SECONDS:  # This one was stopped, not the others.
+                self._reached = now
+                self._heard = {k: (status, now) for k, (status, _) in self._heard.items()}
+            looked, silent = now, self._silent()
             if now - self._reached > self._host_seconds:  # Nobody could be heard of.
                 silent = [0]
             if silent and silent != [self.index]:
                 who = " and ".join(self._last_words(k) for k in silent[:3])
-                since = f"not been heard of for {self._host_seconds:g} s"
                 have = "has" if len(silent) == 1 else "have"
+                since = f"not been heard of for {self._host_seconds:g} s"
                 self._end(AGAIN, f"{who} {have} {since}; the same command goes on")
 
     def _silent(self) -> list[int]:
@@ -198,8 +244,8 @@ class Session:
         return [k for k, (_, at) in self._heard.items() if now - at > self._host_seconds]
 
     def _last_words(self, index: int) -> str:
-        beat = self._heard.get(index, (None, 0.0))[0]
-        return self.name(index) + (f" (last {json.loads(beat)[1]})" if beat else "")
+        status = self._heard[index][0] if index in self._heard else Status()
+        return self.name(index) + (f" (last {status.doing})" if status.doing else "")
 
     # Ending.
 
@@ -220,10 +266,13 @@ class Session:
 
         JAX gives its own good-bye a minute, and process 0 may have more to write than the others.
         """
-        with contextlib.suppress(RequestError, jax.errors.JaxRuntimeError):
+        try:
             self.gather("ending", None)
+        except (AbsentError, RequestError) as error:
+            print(error, file=sys.stderr, flush=True)
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self._set("ended", "")
+            self._own.ended = True
+            self._tell()
         self._closed.set()
 
     def leave(self, code: int, message: str) -> None:
@@ -231,8 +280,9 @@ class Session:
 
         def tell() -> None:
             with contextlib.suppress(jax.errors.JaxRuntimeError):
-                self._set("failed", json.dumps([code, message]))
+                self._tell()
 
+        self._own.failed = [code, message]
         self._start(tell).join(GRACE_SECONDS)  # Process 0 may not answer.
         self._closed.set()
         self._exit(code)
@@ -240,6 +290,7 @@ class Session:
     def _end(self, code: int, message: str) -> None:
         """Ends this process from one of its threads, whatever the others are waiting for."""
         print(f"error: {message}", file=sys.stderr, flush=True)
+        self._closed.set()
         self._exit(code)
 
     def _exit(self, code: int) -> None:
@@ -247,7 +298,7 @@ class Session:
         sys.stderr.flush()
         others = set(self._heard) - set(self._silent())
         if self.index == 0 and others:  # With it the store ends, which they still read.
-            time.sleep(GRACE_SECONDS + 2 * self._beat_seconds)
+            time.sleep(2 * GRACE_SECONDS + 2 * self._beat_seconds)
         self._end_process(code)
 
     # The store.
@@ -269,9 +320,16 @@ class _Current:
 _CURRENT = _Current()  # As JAX's own distributed runtime, it belongs to the process.
 
 
-def begin(client: Any, index: int, count: int, host_seconds: float) -> Session:
-    """Begins the session of this process, of which there is one at most."""
-    _CURRENT.session = Session(client, index, count, host_seconds)
+def begin(
+    client: Any, index: int, count: int, host_seconds: float, agree_seconds: float
+) -> Session:
+    """Begins the session of this process, of which there is one at most; see `Session`.
+
+    Raises:
+      AbsentError: not all processes have come.
+    """
+    _CURRENT.session = Session(client, index, count, host_seconds, agree_seconds)
+    _CURRENT.session.introduce()
     return _CURRENT.session
 
 
@@ -280,10 +338,10 @@ def current() -> Session | None:
     return _CURRENT.session
 
 
-def gather(what: str, value: Any, seconds: float = AGREE_SECONDS) -> list[Any]:
+def gather(what: str, value: Any) -> list[Any]:
     """The values of all processes, see `Session.gather`."""
     session = current()
-    return [value] if session is None else session.gather(what, value, seconds)
+    return [value] if session is None else session.gather(what, value)
 
 
 def agree(what: str, facts: Mapping[str, Any]) -> None:
@@ -294,6 +352,7 @@ def agree(what: str, facts: Mapping[str, Any]) -> None:
       facts: JSON-able values by name.
     Raises:
       RequestError: names the process and the first differences.
+      AbsentError: not all have come.
     """
     session = current()
     if session is None:

@@ -11,7 +11,8 @@ from runs_for_tests import assert_equal_states, final_state, train
 from ddpm_jax import files, runs
 from ddpm_jax.main import main
 from ddpm_jax.training import metrics
-from ddpm_jax.training.checkpoints import Best, Checkpoints
+from ddpm_jax.training.best import Best
+from ddpm_jax.training.checkpoints import Checkpoints
 
 EVALUATION = {
     "train__steps": 20,

@@ -265,7 +265,7 @@ def test_starts_that_lead_nowhere_end(tmp_path, capsys, monkeypatch):
                 train(tmp_path)
     assert train(tmp_path) == 2
     error = capsys.readouterr().err
-    assert "the last 3 starts all began at step 0 and did not reach the next checkpoint" in error
+    assert "the last 3 starts ended at step 0 or before, without a new checkpoint" in error
     assert "ZeroDivisionError: division by zero" in error
     assert train(tmp_path, train__max_restarts=0, train__steps=10) == 0
     assert train(tmp_path) == 0  # There was progress since.
@@ -362,6 +362,7 @@ def test_phases_add_up_to_the_life_of_the_process(monkeypatch):
 def test_steps_done_twice_are_lost():
     lives = [
         goodput.Life(0, 50, {"start": 5.0, "step": 100.0}, ""),
+        goodput.Life(goodput.NOWHERE, goodput.NOWHERE, {"start": 3.0}, ""),
         goodput.Life(40, 60, {"start": 5.0, "step": 40.0}, ""),
         goodput.Life(60, 80, {"step": 40.0}, ""),
     ]
@@ -392,5 +393,4 @@ def test_after_a_kill_the_parts_add_up_to_the_wall_time(tmp_path):
     assert "over 2 starts" in out
     content = json.loads((tmp_path / "goodput.json").read_text())
     assert [life["ended"] for life in content["lives"]] == ["", "done"]
-    print(content, wall)
-    assert sum(content["total"].values()) == pytest.approx(wall, rel=0.05, abs=6)
+    assert sum(content["total"].values()) == pytest.approx(wall, rel=0.05)

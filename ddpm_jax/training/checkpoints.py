@@ -10,10 +10,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -35,7 +34,11 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """The checkpoints of a run, in one directory; the name of each is the updates done."""
+    """The checkpoints of a run, in one directory; the name of each is the updates done.
+
+    Attributes:
+      saving: whether one was begun that nobody has waited for.
+    """
 
     def __init__(
         self, directory: epath.PathLike, keep: int = 3, keep_every: int = 0, sweep: bool = False
@@ -44,8 +47,8 @@ class Checkpoints:
 
         Args:
           keep: newest checkpoints that are kept; those at multiples of `keep_every` are as well.
-          sweep: whether what saves that did not end have left there is removed, as only the one
-            process (or group of them) may do that saves there.
+          sweep: whether what saves that did not end have left there is removed, and damaged ones
+            are set aside when an older one is restored, as only who saves there may do.
         """
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file.
         # Of the leaves that cannot be read it raises one's error, and forgets the others'.
@@ -53,7 +56,7 @@ class Checkpoints:
         self._directory = epath.Path(directory)
         if not files.is_remote(directory):  # Orbax reads absolute paths only.
             self._directory = self._directory.resolve()
-        self._sweeps, self._saving = sweep, False
+        self._sweeps, self.saving = sweep, False
         policy: Any = ocp.checkpoint_managers.LatestN(keep)
         if keep_every:
             every = ocp.checkpoint_managers.EveryNSteps(keep_every)
@@ -77,27 +80,36 @@ class Checkpoints:
           NonFiniteError: the state is not finite; nothing is written.
           CheckpointError: this one or the one before could not be written.
         """
-        checksums = _checksums(state, finite=True)
+        meta = {"checksums": _checksums(state, finite=True), "notes": notes}
+        # Orbax writes them later, and they may change: a copy, of what JSON makes of them.
+        meta = json.loads(json.dumps(meta))
         self.wait()
         with _write_errors(self._directory):
             self._sweep()
-            self._set_aside(step)
-            meta = {"checksums": checksums, "notes": notes}
             meta["crc32"] = _digest(step, meta)
             args = ocp.args.Composite(
                 **{_STATE: ocp.args.StandardSave(state), _META: ocp.args.JsonSave(meta)}
             )
-            self._saving = True
+            self.saving = True
             if not self._manager.save(step, args=args, force=True):
-                raise OSError(f"Orbax refuses to save step {step}")
+                raise OSError(f"Orbax refuses to save step {step}: there is one")
 
-    def _set_aside(self, step: int) -> None:
-        """Renames a checkpoint in the way: there is one only if it was passed over as damaged."""
-        path = self._directory / str(step)
-        if jax.process_index() == 0 and path.exists():
-            taken = len(files.matching(self._directory, f"{step}.damaged*"))
-            path.rename(self._directory / f"{step}.damaged{taken or ''}")
+    def set_aside(self, steps: Sequence[int], name: str) -> list[epath.Path]:
+        """Renames checkpoints, so that they count no more: N to N.NAME, N.NAME1, ….
+
+        Returns:
+          Where they are; on other hosts than the first nothing.
+        """
+        aside = []
+        for step in steps if jax.process_index() == 0 else ():
+            path = files.unused(self._directory / f"{step}.{name}")
+            with _write_errors(self._directory):
+                (self._directory / str(step)).rename(path)
+            aside.append(path)
+        if steps:
+            session.gather("setting checkpoints aside", None)
             self._manager.reload()
+        return aside
 
     def _sweep(self) -> None:
         """Removes what was never whole: it takes the space that the next one needs."""
@@ -111,7 +123,7 @@ class Checkpoints:
         Raises:
           CheckpointError: it could not be written.
         """
-        if self._saving and not self._manager.is_saving_in_progress():
+        if self.saving and not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
@@ -120,7 +132,7 @@ class Checkpoints:
         Raises:
           CheckpointError: the last one could not be written.
         """
-        saving, self._saving = self._saving, False
+        saving, self.saving = self.saving, False
         with _write_errors(self._directory):
             try:
                 self._manager.wait_until_finished()
@@ -141,7 +153,8 @@ class Checkpoints:
     ) -> tuple[Any, int, dict[str, Any]] | None:
         """The newest whole checkpoint, or that of a step: (state, step, notes); None if none exist.
 
-        Whole is what every host can read, to the same checksums.
+        Whole is what every host can read, to the same checksums. Who saves there sets newer ones
+        that are not whole aside, as N.damaged: they would take the places of whole ones.
 
         Args:
           abstract: the state's jax.ShapeDtypeStructs with their shardings. A subtree, such as
@@ -157,6 +170,8 @@ class Checkpoints:
         for candidate in steps if step is None else [step]:
             found, reason = self.attempt(candidate, abstract)
             if found is not None:
+                if self._sweeps:
+                    self.set_aside([s for s in steps if s > candidate], "damaged")
                 return found[0], candidate, found[1]
             warn(f"checkpoint {candidate} cannot be read and is passed over: {reason}")
         if steps:
@@ -183,11 +198,6 @@ class Checkpoints:
                 reason = f"the checksum of {wrong[0]} is not the one saved"
             reason = _anybodys(step, reason)
         return (None, reason) if reason is not None else ((state, meta["notes"]), None)
-
-    def delete(self, step: int) -> None:
-        """Removes a checkpoint."""
-        self.wait()
-        self._manager.delete(step)
 
     def notes(self, step: int) -> dict[str, Any]:
         """The notes saved with a step; empty where they cannot be read."""
@@ -228,51 +238,6 @@ class Checkpoints:
             args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
             state = reader.restore(self._directory / str(step) / _STATE, args=args)
         return state, meta
-
-
-class Best:
-    """The checkpoint with the best value of one result, as papers report at the minimum FID."""
-
-    def __init__(self, directory: epath.PathLike, result: str):
-        """Opens `<directory>/<result>`, which need not exist; `result` is the result's name."""
-        self._checkpoints = Checkpoints(epath.Path(directory) / result, keep=1, sweep=True)
-        self._result = result
-        self._notes: dict[str, Any] = {}
-        for step in self._checkpoints.steps()[:1]:
-            self._notes = self._checkpoints.notes(step)
-
-    def beaten_by(self, value: float, better: str, protocol: str) -> bool:
-        """Whether a value is better than that of the checkpoint there.
-
-        Args:
-          better: "lower" or "higher".
-          protocol: what the value was measured under; that of another is no rival.
-        """
-        if not math.isfinite(value) or self._notes.get("protocol") != protocol:
-            return math.isfinite(value)
-        before = self._notes["value"]
-        return value < before if better == "lower" else value > before
-
-    def save(self, step: int, params: Any, value: float, protocol: str) -> None:
-        """Starts writing {"ema_params": …, "params": …} in the place of the one before.
-
-        Raises:
-          CheckpointError: it, or the one before, could not be written.
-        """
-        self._notes = {"result": self._result, "value": value, "protocol": protocol}
-        for there in self._checkpoints.steps():
-            if there >= step:  # Measured in another way, or in a later life: no rival any more.
-                self._checkpoints.delete(there)
-        self._checkpoints.save(step, params, self._notes)
-
-    def close(self) -> None:
-        """Returns when everything is on the disk.
-
-        Raises:
-          CheckpointError: it could not be written.
-        """
-        self._checkpoints.wait()
-        self._checkpoints.close()
 
 
 def _checksums(state: Any, finite: bool = False) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 import threading
@@ -18,12 +19,16 @@ from etils import epath
 
 from ddpm_jax import bounded, files
 from ddpm_jax.config import RequestError
+from ddpm_jax.files import REMOTE_SECONDS
 from ddpm_jax.interruption import Interrupted
 from ddpm_jax.progress import duration
 
 PHASES = ("start", "compile", "input", "step", "evaluate", "sample", "save")
 COMPILING = "/jax/core/compile/backend_compile_duration"
 SAVE_SECONDS = 5.0  # Between two updates of the file.
+SAVE_SHARE = 0.02  # Of the time, at most, goes into them.
+FRUITFUL_SECONDS = 60.0  # Of evaluation, whose pieces are kept.
+NOWHERE = -1  # The step of a life that did not come to its first one.
 
 
 class Clock:
@@ -105,7 +110,8 @@ def process_start() -> float:
 class Life:
     """One process of a run: from which step to which, where its time went, how it ended.
 
-    `ended`: "done", "interrupted" or the reason; "" for one that was killed or still lives.
+    `first` is NOWHERE where it ended before it could go on. `ended`: "done", "interrupted" or the
+    reason; "" for one that was killed or still lives.
     """
 
     first: int
@@ -127,20 +133,34 @@ class Lives:
       failure: why the run failed, where no exception says so.
     """
 
-    def __init__(self, path: epath.Path, clock: Clock, step: int, active: bool):
-        """This life begins at `step`; on other hosts than the first nothing is written."""
+    def __init__(self, path: epath.Path, clock: Clock, active: bool):
+        """This life has not come to its first step; on other hosts than the first nothing is kept.
+
+        Args:
+          path: of the file, which need not exist.
+        """
         self._path, self._clock, self._active = path, clock, active
         self._before = read(path)
         began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self._life = Life(step, step, {}, began)
-        self._written = 0.0
+        self._life = Life(NOWHERE, NOWHERE, {}, began)
+        self._next = 0.0
         self.failure = ""
 
+    def begin(self, step: int) -> None:
+        """This life goes on from a step."""
+        self._life.first = self._life.reached = step
+
     def fruitless(self) -> int:
-        """How many lives in a row, the last ones, began at this step and were killed or failed."""
+        """How many lives in a row, the last ones, were killed or failed where this one begins.
+
+        One that evaluated for long is none of them: what it had found is kept.
+        """
         count = 0
         for life in reversed(self._before):
-            if life.first != self._life.first or life.ended in ("done", "interrupted"):
+            ended_well = life.ended in ("done", "interrupted")
+            if ended_well or life.seconds.get("evaluate", 0.0) > FRUITFUL_SECONDS:
+                break
+            if life.first not in (NOWHERE, self._life.first):
                 break
             count += 1
         return count
@@ -156,14 +176,17 @@ class Lives:
         count = self.fruitless()
         if limit and count >= limit:
             reason = self._before[-1].ended or "killed, or ended without a word"
+            step = self._life.first
+            where = "before their first step" if step == NOWHERE else f"at step {step} or before"
             raise RequestError(
-                f"the last {count} starts all began at step {self._life.first} and did not reach "
-                f"the next checkpoint; the last one: {reason}. Mend the cause, then start with "
-                "--config.train.max_restarts=0, or a lower train.checkpoint_every"
+                f"the last {count} starts ended {where}, without a new checkpoint; the last one: "
+                f"{reason}. Mend the cause, then start with --config.train.max_restarts=0, or a "
+                "lower train.checkpoint_every"
             )
 
     def __enter__(self) -> Lives:
-        self.update(self._life.first, at_once=True)
+        with contextlib.suppress(OSError):  # The training is worth more.
+            self.update(NOWHERE, at_once=True)
         return self
 
     def __exit__(
@@ -172,21 +195,44 @@ class Lives:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if kind is not None and issubclass(kind, RequestError):  # It was no start.
+            with contextlib.suppress(OSError):
+                self._write(self._before)
+            return
         ended = "done" if kind is None else f"{kind.__name__}: {error}"
         if kind is not None and issubclass(kind, (Interrupted, KeyboardInterrupt)):
             ended = "interrupted"
+        self.end(self.failure or ended)
+
+    def end(self, how: str) -> None:
+        """Notes how this life ends; where that cannot be written, nothing."""
         with contextlib.suppress(OSError):  # It must not hide what ended the run.
-            self.update(self._life.reached, self.failure or ended)
+            self.update(self._life.reached, how)
 
     def update(self, step: int, ended: str = "", at_once: bool = False) -> None:
-        """Notes the step reached; it is written now and then, or at once."""
+        """Notes the step reached; it is written now and then, or at once.
+
+        Raises:
+          OSError: it cannot be written.
+        """
         self._life.reached = max(self._life.reached, step)
+        began = time.monotonic()
+        if not (at_once or ended) and began < self._next:
+            return
         self._life.seconds, self._life.ended = self._clock.seconds(), ended
-        now = time.monotonic()
-        if self._active and (at_once or ended or now - self._written > SAVE_SECONDS):
-            self._written = now
-            lives = [dataclasses.asdict(life) for life in (*self._before, self._life)]
-            content = {"total": rounded(total([*self._before, self._life])), "lives": lives}
+        try:
+            self._write([*self._before, self._life])
+        finally:
+            least = REMOTE_SECONDS if files.is_remote(self._path) else SAVE_SECONDS
+            now = time.monotonic()
+            self._next = now + max(least, (now - began) / SAVE_SHARE)
+
+    def _write(self, lives: list[Life]) -> None:
+        if self._active:
+            content = {
+                "total": rounded(total(lives)),
+                "lives": [dataclasses.asdict(life) for life in lives],
+            }
             files.replace(self._path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     def total(self) -> dict[str, float]:
@@ -212,12 +258,14 @@ class Lives:
 def total(lives: list[Life]) -> dict[str, float]:
     """Seconds of each phase over lives, those of steps that a later life did again as "lost"."""
     seconds = dict.fromkeys((*PHASES, "lost"), 0.0)
-    for life, following in zip(lives, [*lives[1:], None], strict=True):
+    for life in lives:
         for name in PHASES:
             seconds[name] += life.seconds.get(name, 0.0)
-        done = life.reached - life.first
-        if following is not None and following.first < life.reached:
-            lost = min(life.reached - following.first, done) / done * life.seconds.get("step", 0.0)
+    begun = [life for life in lives if life.first != NOWHERE]
+    for life, following in itertools.pairwise(begun):
+        done, again = life.reached - life.first, life.reached - following.first
+        if done > 0 and again > 0:
+            lost = min(again, done) / done * life.seconds.get("step", 0.0)
             seconds["lost"] += lost
             seconds["step"] -= lost
     return seconds
@@ -230,9 +278,13 @@ def rounded(seconds: dict[str, float]) -> dict[str, float]:
 
 def read(path: epath.Path) -> list[Life]:
     """The lives in a goodput.json; none where there is no such file, or a damaged one."""
-    fields = {field.name for field in dataclasses.fields(Life)}
+    kinds = {"first": int, "reached": int, "seconds": dict, "began": str, "ended": str}
     try:
-        lives = bounded.read_json(path)["lives"]
-        return [Life(**{k: v for k, v in life.items() if k in fields}) for life in lives]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        lives = [Life(**{k: life[k] for k in kinds}) for life in bounded.read_json(path)["lives"]]
+    except (OSError, ValueError, KeyError, TypeError):
         return []
+    for life in lives:
+        numbers = all(isinstance(value, (int, float)) for value in life.seconds.values())
+        if not numbers or any(type(getattr(life, k)) is not kind for k, kind in kinds.items()):
+            return []
+    return lives

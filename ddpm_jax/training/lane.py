@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,9 +23,9 @@ from ddpm_jax.parallel import first_hosts, to_host
 from ddpm_jax.progress import Progress
 from ddpm_jax.runs import RunDirectory
 from ddpm_jax.sampling import Samples
-from ddpm_jax.training.checkpoints import Best, CheckpointError, Checkpoints
 from ddpm_jax.training.goodput import Clock, Lives
 from ddpm_jax.training.job import Job, initial_state, template
+from ddpm_jax.training.keeping import Keeper
 from ddpm_jax.training.metrics import NonFiniteError, Window, Writer
 from ddpm_jax.training.pictures import Pictures
 from ddpm_jax.training.state import State
@@ -68,30 +68,38 @@ class Lane:
         self.job, self.loss = job, ""
         self.error: NonFiniteError | None = None
         self._stack, self._directory, self._evaluators = stack, directory, evaluators
-        self._watch, self._clock, self._lock, self._say = watch, clock, lock, say
+        self._watch, self._clock, self._say = watch, clock, say
         self._train = job.config.train
-        self._checkpoints = Checkpoints(
-            directory.checkpoints, self._train.keep_checkpoints, self._train.keep_every, sweep=True
-        )
-        stack.callback(self._checkpoints.close)
         self._first_host = jax.process_index() == 0
+        self.lives = Lives(directory.goodput, clock, self._first_host)
+        self.lives.check_progress(self._train.max_restarts)
+        stack.enter_context(self.lives)
+        self._keeper = Keeper(self._train, directory, lock, clock, say)
+        stack.callback(self._keeper.close)
         self.state, self.step, self._notes = self._restored()
+        self.lives.begin(self.step)
+        self.lives.check_progress(self._train.max_restarts)
         self._window = Window(self._notes.get("window"))
         self._skipped: list[int] = self._notes.get("skipped", [])
-        self._saved: int | None = self.step
         self.seen = self.step
-        self._trouble = ""
         self._durations: list[float] = []  # Of a step each, since the last line.
         self._waits: dict[int, float] = {}  # For images, of each host, at the last line.
-        self.lives = Lives(directory.goodput, clock, self.step, self._first_host)
-        self.lives.check_progress(self._train.max_restarts)
         # The metrics of the call before: the host never waits for the device.
         self._waiting: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
-        self._pictures = Pictures(job, directory, watch.asked)
-        self._best = Best(directory.best, self._train.keep_best) if self._train.keep_best else None
+        self._pictures = Pictures(job, directory, self._asked)
+
+    def _asked(self) -> bool:
+        """Whether to stop, asked between pieces of what takes long; the time goes on."""
+        self.note_life()
+        return self._watch.asked()
+
+    def note_life(self) -> None:
+        """Notes now and then how far it is."""
+        with self._keeper.writing():
+            self.lives.update(self.step)
 
     def _restored(self) -> tuple[State, int, dict[str, Any]]:
-        found = self._checkpoints.restore(self.job.abstract, warn=self._say)
+        found = self._keeper.restore(self.job.abstract)
         if found is None:
             initial = initial_state(self.job.config, self.job.task)
             # Run once: not worth the compiler's optimisations, which take longer than all of it.
@@ -101,16 +109,31 @@ class Lane:
         self._say(f"going on from step {found[1]}")
         return found
 
-    def begin(self, source: Source, resident: bool | Gather, force: bool = False) -> None:
-        """Opens data and files; see `Batches`.
+    def check(self, source: Source, force: bool) -> None:
+        """Refuses what the checkpoint does not fit; before anything is written.
 
         Args:
           force: whether to go on with images that are not those of before.
         Raises:
-          RequestError: the images are not those that it was trained on.
+          RequestError: the images are not those that it was trained on, or the calls would pass
+            over the steps at which something is due.
         """
-        self._notes["data"] = self._same_data(fingerprint(source), force)
-        self._stack.enter_context(self.lives)
+        if self.step % self._train.steps_per_call:
+            raise RequestError(
+                f"config.train.steps_per_call={self._train.steps_per_call} does not divide the "
+                f"step {self.step} to go on from; choose one that does"
+            )
+        found = fingerprint(source)
+        before = self._notes.setdefault("data", found)
+        if before != found:
+            line = f"the images differ from those of the run so far (were {before}, are {found})"
+            if not force:
+                raise RequestError(f"config.data: {line}; give those back, or start with --force")
+            self._say(line)
+            self._notes["data"] = found
+
+    def begin(self, source: Source, resident: bool | Gather) -> None:
+        """Opens data and files; see `Batches`."""
         if self._first_host and self.step < self._train.steps:
             try:
                 self._directory.note_start(self.step)
@@ -138,15 +161,6 @@ class Lane:
         )
         self._stack.callback(self.batches.close)
 
-    def _same_data(self, found: str, force: bool) -> str:
-        before = self._notes.get("data", found)
-        if before != found:
-            line = f"the images differ from those of the run so far (were {before}, are {found})"
-            if not force:
-                raise RequestError(f"config.data: {line}; give those back, or start with --force")
-            self._say(line)
-        return found
-
     def _keeps(self, record: dict[str, Any]) -> bool:
         """Whether a line of an earlier life is one that an unbroken run would have."""
         if record["step"] == self.step < self._train.steps:  # Perhaps of an earlier end.
@@ -160,8 +174,8 @@ class Lane:
         Raises:
           CheckpointError: the last checkpoint could not be written.
         """
-        with self._writing():
-            self._checkpoints.poll()
+        self._keeper.poll()
+        self.note_life()
         self.state = state
         self.step += self._train.steps_per_call
         self._waiting.append((self.step, metrics))
@@ -197,9 +211,8 @@ class Lane:
                 scalars["skipped_updates"] = len(self._skipped)
             if step % self._train.log_every == 0:
                 self._window = Window()
+            self._keeper.check()
             self._writer.scalars(step, scalars | self._speed(step) | self.lives.scalars())
-            with self._writing():
-                self.lives.update(step)
 
     def _skip(self, steps: list[int]) -> None:
         """Counts updates that were left out.
@@ -250,14 +263,25 @@ class Lane:
         train, step = self._train, self.step
         last = step >= train.steps
         if last or step % train.checkpoint_every == 0:
-            with self._writing():
-                self._save()
-        if not last and train.sample_every and step % train.sample_every == 0:
-            try:
-                with self._writing():
-                    self._sample()
-            except Interrupted:
-                return False
+            self._save()
+        return last or self.error is not None or self.shown()
+
+    def shown(self, missing: bool = False) -> bool:
+        """Draws the grid that is due at this step; whether it was not stopped meanwhile.
+
+        Args:
+          missing: draws it only if it is not there: an earlier life may not have come to it.
+        """
+        every = self._train.sample_every
+        if not every or self.step % every or self.step >= self._train.steps:
+            return True
+        if missing and first_hosts(np.array(self._pictures.grid(self.step).exists())):
+            return True
+        try:
+            with self._keeper.writing():
+                self._sample()
+        except Interrupted:
+            return False
         return True
 
     def evaluated(self) -> bool:
@@ -265,9 +289,10 @@ class Lane:
         step, every = self.step, self._train.evaluate_every
         if not every or (step < self._train.steps and step % every):
             return True
+        results: dict[str, Measured] = {}
         try:
-            with self._clock.phase("evaluate"):
-                results = self._results(self._say, self._watch.asked)
+            with self._keeper.writing(), self._clock.phase("evaluate"):
+                results = self._results(self._say, self._asked)
         except Interrupted:
             return False
         except NonFiniteError as error:
@@ -278,11 +303,11 @@ class Lane:
             for name, measured in results.items()
             if measured.standard_error is not None
         }
-        self._writer.scalars_once(step, {n: float(m) for n, m in results.items()} | errors)
+        if results:
+            self._writer.scalars_once(step, {n: float(m) for n, m in results.items()} | errors)
         if best := self._new_best(results):
             both = {"ema_params": self.state.ema_params, "params": self.state.params}
-            with self._writing(), self._clock.phase("save"):
-                self._best.save(step, both, *best)
+            self._keeper.save_best(step, both, *best)
         return True
 
     def _results(self, say: Callable[[str], None], stop: Callable[[], bool]) -> dict[str, Measured]:
@@ -297,41 +322,22 @@ class Lane:
 
     def _new_best(self, results: dict[str, Measured]) -> tuple[float, str] | None:
         """The value and protocol of the result that chooses, if it beats the one kept."""
-        if self._best is None:
+        chosen = results.get(self._train.keep_best)
+        if chosen is None:
             return None
-        chosen = results[self._train.keep_best]
         value, protocol = float(chosen), digest(chosen.protocol, chosen.estimator)
-        return (value, protocol) if self._best.beaten_by(value, chosen.better, protocol) else None
+        return (value, protocol) if self._keeper.beaten_by(value, chosen.better, protocol) else None
 
     def _save(self) -> None:
         notes = {**self._notes, "window": self._window.sums, "skipped": self._skipped}
-        if self._lock is not None:
-            self._lock.check()
-        with self._clock.phase("save"):
-            self._writer.flush()  # A checkpoint counts when the lines before it are there.
-            self._saved = None
-            try:
-                self._checkpoints.save(self.step, self.state, notes)
-            except NonFiniteError as error:
-                self.error = error
-                return
-            self._saved = self.step
-            self.lives.update(self.step, at_once=True)
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """What cannot be written ends the run, or is said, as `train.write_errors` tells."""
+        self._writer.flush()  # A checkpoint counts when the lines before it are there.
         try:
-            yield
-        except (CheckpointError, OSError) as error:
-            if self._train.write_errors == "stop":
-                raise
-            if isinstance(error, CheckpointError):
-                self._saved = None
-            line = f"{error}; the training goes on (train.write_errors=continue)"
-            if line != self._trouble:  # A disk that is full stays so for a while.
-                self._trouble = line
-                self._say(line)
+            self._keeper.save(self.step, self.state, notes)
+        except NonFiniteError as error:
+            self.error = error
+        else:
+            with self._keeper.writing():
+                self.lives.update(self.step, at_once=True)
 
     def stop(self) -> None:
         """Saves what is not saved yet, and returns when it is on the disk.
@@ -339,15 +345,9 @@ class Lane:
         Raises:
           CheckpointError: it could not be written.
         """
-        if self._saved != self.step:
+        if self._keeper.saved != self.step:
             self._save()
-        self._wait()
-
-    def _wait(self) -> None:
-        with self._clock.phase("save"):
-            self._checkpoints.wait()
-            if self._best is not None:
-                self._best.close()
+        self._keeper.finish()
 
     def _sample(self) -> Samples:
         """A grid of samples of the moving average."""
@@ -365,12 +365,15 @@ class Lane:
           CheckpointError: it could not be written.
         """
         self._say("drawing samples from the moving average of the parameters")
+        samples = None
         try:
-            samples = self._sample()
+            with self._keeper.writing():
+                samples = self._sample()
         finally:  # A checkpoint that is not there is worse than a picture.
             self.stop()
-        if self._first_host:
-            self._pictures.save_figure(self._writer.records, samples)
+        if samples is not None and self._first_host:
+            with self._keeper.writing():
+                self._pictures.save_figure(self._writer.records, samples)
             self._say(f"samples: {self._pictures.grid(self.step)}")
             self._say(f"figure:  {self._pictures.figure}")
 

@@ -23,6 +23,7 @@ from ddpm_jax.lock import Lock, hold, holder
 from ddpm_jax.parallel import compile_call
 from ddpm_jax.progress import Progress
 from ddpm_jax.runs import RunDirectory
+from ddpm_jax.training.checkpoints import CheckpointError
 from ddpm_jax.training.goodput import Clock
 from ddpm_jax.training.job import Job, make_job, template
 from ddpm_jax.training.lane import Lane
@@ -74,8 +75,9 @@ def train(
         directory.check_resumable(config, force, say)
         lane = Lane(stack, job, directory, evaluators, watch, clock, lock, say)
         session.agree("where they go on", {"step": lane.step})
+        lane.check(source, force)
         directory.save_config(config)
-        lane.begin(source, nbytes(source) <= config.data.resident_bytes, force)
+        lane.begin(source, nbytes(source) <= config.data.resident_bytes)
         run_lanes([lane], lambda group: call, watch, clock, say)
         if lane.error:
             raise lane.error
@@ -177,8 +179,10 @@ def run_lanes(
       Interrupted: by SIGINT or SIGTERM, after a checkpoint of each.
       CheckpointError, ReadError: see `train`.
     """
+    watch.farewell = lambda how: [lane.lives.end(how) for lane in lanes]
     # The signal that ended them may have come in between.
-    stop = not all(lane.evaluated() for lane in lanes if lane.step)
+    behind = [lane for lane in lanes if lane.step]
+    stop = not all(lane.shown(missing=True) and lane.evaluated() for lane in behind)
     last, group = lanes[0].job.config.train.steps, lanes
     while True:
         for lane in group:
@@ -191,14 +195,19 @@ def run_lanes(
         group = [lane for lane in going if lane.step == steps[0]]
         stop = _advance(group, program(group), steps[1], watch, clock, say)
     sound = [lane for lane in lanes if lane.error is None]
+    problems = []
     for lane in sound:
-        if stop:
-            lane.stop()
-        else:
-            try:
+        try:
+            if stop:
+                lane.stop()
+            else:
                 lane.finish()
-            except Interrupted:
-                stop = True
+        except Interrupted:
+            stop = True
+        except (CheckpointError, OSError) as error:  # The other lanes' are worth saving.
+            problems.append(error)
+    if problems:
+        raise problems[0]
     if stop and sound:
         reached = min(lane.step for lane in sound)
         raise Interrupted(f"stopped at step {reached}; the same command goes on from there")
@@ -261,5 +270,6 @@ def _images(lanes: Sequence[Lane]) -> list[jax.Array]:
         for lane in lanes:
             lane.read()
             if lane.error is None and jax.process_count() == 1:
-                lane.stop()
+                with contextlib.suppress(CheckpointError):  # It is worse that there is no image.
+                    lane.stop()
         raise

@@ -116,8 +116,8 @@ class Writer:
             return
         records, damaged = _parse(jsonl) if jsonl.exists() else ([], 0)
         if damaged:
-            kept = jsonl.parent / f"{jsonl.name}.damaged"
-            self._write(files.Growing(kept, jsonl.read_bytes()))
+            kept = files.unused(jsonl.parent / f"{jsonl.name}.damaged")
+            jsonl.rename(kept)
             say(f"{jsonl}: {damaged} damaged lines are left out; the file as it was is {kept}")
         self.records = [record for record in records if keep(record)]
         self._lines = files.Growing(jsonl, b"".join(map(_line, self.records)))

@@ -148,7 +148,8 @@ def train_step(
       axis_name: of the devices, under pmap.
     Returns:
       The new state, and float32 metrics: loss; quarter_loss and quarter_share [4], whose ratio is
-      the mean loss over that quarter of 1..T; grad_norm, before clipping; learning_rate; with
+      the mean loss over that quarter of 1..T; grad_norm, before clipping; learning_rate, that of
+      this step, which Adam reaches later by as many as were left out before; with
       task.skip_nonfinite also skipped, whether this update was left out.
     """
     index = jnp.arange(images.shape[0])

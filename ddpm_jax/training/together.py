@@ -201,6 +201,8 @@ def train_together(
             for s in seeds
         ]
         session.agree("where they go on", {f"seed {k}": x.step for k, x in enumerate(every)})
+        for lane in every:
+            lane.check(source, force)
         for s in seeds:
             directories[s].save_config(jobs[s].config)
         lanes = [lane for lane in every if not lane.finished()]
@@ -208,7 +210,7 @@ def train_together(
             fits = nbytes(source) <= config.data.resident_bytes
             gather = fits and resident_gather(source, layout.split(1))  # One for all.
             for lane in lanes:
-                lane.begin(source, gather, force)
+                lane.begin(source, gather)
             run_lanes(lanes, program, watch, clock, say)
             for lane in lanes:
                 lane.lives.failure = str(lane.error or "")

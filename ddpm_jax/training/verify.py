@@ -26,9 +26,10 @@ from etils import epath
 
 from ddpm_jax import files
 from ddpm_jax.config import RequestError
-from ddpm_jax.data import Batches, Source, nbytes, open_source, resident_gather
+from ddpm_jax.data import Batches, Source, fingerprint, nbytes, open_source, resident_gather
 from ddpm_jax.parallel import compile_call, from_host, to_host
 from ddpm_jax.runs import RunDirectory
+from ddpm_jax.training import goodput
 from ddpm_jax.training.checkpoints import Checkpoints
 from ddpm_jax.training.job import Job, initial_state, make_job
 from ddpm_jax.training.state import State
@@ -57,9 +58,12 @@ def verify(config: ml_collections.ConfigDict, workdir: str, say: Callable[[str],
     directory.check_resumable(config)
     job = make_job(config)
     source = open_source(config, batch_size=config.train.batch_size)
-    state, whole = _check_checkpoints(job, directory, say)
+    state, whole = _check_checkpoints(job, directory, fingerprint(source), say)
     if state is None:
-        say("no whole checkpoint: the steps are trained from the start")
+        if any(life.reached > 0 for life in goodput.read(directory.goodput)):
+            say("NO WHOLE CHECKPOINT of a run that has come further than its start")
+            whole = False
+        say("there is no checkpoint to begin from: the steps are trained from the start")
         state = jax.jit(initial_state(config, job.task), out_shardings=job.sharding)(config.seed)
     kept = _check_numbers(job, source, state, say)
     say("all is well" if whole and kept else "NOT all is well: see above")
@@ -67,9 +71,9 @@ def verify(config: ml_collections.ConfigDict, workdir: str, say: Callable[[str],
 
 
 def _check_checkpoints(
-    job: Job, directory: RunDirectory, say: Callable[[str], None]
+    job: Job, directory: RunDirectory, data: str, say: Callable[[str], None]
 ) -> tuple[State | None, bool]:
-    """The newest whole state, and whether all checkpoints are whole."""
+    """The newest whole state, and whether all checkpoints are whole and of these images."""
     newest, bad, seen = None, 0, 0
     for where, abstract in _places(job, directory):
         checkpoints = Checkpoints(where)
@@ -78,10 +82,17 @@ def _check_checkpoints(
                 began, seen = time.monotonic(), seen + 1
                 found, reason = checkpoints.attempt(step, abstract)
                 path = f"{where.relative_to(directory.path)}/{step}"
+                if found is None and step not in checkpoints.steps():
+                    seen -= 1
+                    say(f"{path}: removed meanwhile, by a training that goes on")
+                    continue
                 if found is None:
                     bad += 1
                     say(f"{path}: DAMAGED: {reason}")
                     continue
+                if found[1].get("data", data) != data:
+                    bad += 1
+                    say(f"{path}: OF OTHER IMAGES, whose fingerprint is {found[1]['data']}: {data}")
                 leaves = jax.tree.leaves(found[0])
                 size = sum(leaf.nbytes for leaf in leaves) / 2**20
                 seconds = time.monotonic() - began
@@ -229,8 +240,9 @@ def _numbers(state: State) -> dict[str, np.ndarray]:
 
 
 def _distances(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, float]:
-    """The largest difference of each leaf."""
-    return {name: float(np.abs(x - other[name]).max()) for name, x in one.items()}
+    """The largest difference of each leaf; infinite where one is not a number."""
+    found = {name: float(np.abs(x - other[name]).max()) for name, x in one.items()}
+    return {name: np.inf if np.isnan(distance) else distance for name, distance in found.items()}
 
 
 def use_several_cpu_devices(environment: Mapping[str, str]) -> None:
