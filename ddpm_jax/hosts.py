@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +25,10 @@ from ddpm_jax.config import RequestError
 
 LONGEST = 4096  # Bytes of a greeting.
 AGAIN_SECONDS = 0.2  # Between two attempts to reach process 0.
+GREETING_SECONDS = 2.0  # For a greeting: whoever is slower may be anybody.
 JOIN_SECONDS = 60  # For JAX's own runtime, when all have met.
+GREETING = {"index": int, "count": int}
+ANSWER = {"problem": str, "again": bool}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Place:
 
 
 def is_one_of_several(environment: Mapping[str, str]) -> bool:
-    """Whether a cluster has started this process as one of several, or may have (TPU).
+    """Whether a cluster has started this process as one of several.
 
     A Slurm job of many tasks whose script runs a single program is no such thing, so it is the
     step's number of tasks that counts.
@@ -51,10 +56,7 @@ def is_one_of_several(environment: Mapping[str, str]) -> bool:
     for key in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES"):
         if environment.get(key, "").isdigit() and int(environment[key]) > 1:
             return True
-    if "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
-        return True
-    # A TPU virtual machine, of one host or more: its metadata server knows.
-    return clusters.cloud_tpu_cluster.running_in_cloud_tpu_vm
+    return "," in environment.get("TPU_WORKER_HOSTNAMES", "")
 
 
 def find(
@@ -81,31 +83,71 @@ def find(
             raise RequestError("--coordinator, --num_processes and --process_id belong together")
         _check(coordinator, count, index)
         return Place(*named)
-    several = is_one_of_several(os.environ if environment is None else environment)
-    if not (several if distributed_flag is None else distributed_flag):
+    environment = os.environ if environment is None else environment
+    named_by_cluster = is_one_of_several(environment)
+    # A TPU virtual machine, of one host or more: its metadata server knows.
+    perhaps = clusters.cloud_tpu_cluster.running_in_cloud_tpu_vm
+    wanted = (named_by_cluster or perhaps) if distributed_flag is None else distributed_flag
+    if not wanted:
         return None
     try:
         found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
             None, None, None, None, None, round(seconds)
         )
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
-        raise RequestError(f"the cluster does not say where its hosts are: {reason}") from error
-    if None in found[:3]:
+        problem = "" if None not in found[:3] else "Slurm, Open MPI and TPU pods are known"
+    except (ImportError, OSError, RuntimeError, ValueError, KeyError) as error:
+        problem = str(error).splitlines()[0] if str(error) else repr(error)
+    if problem and distributed_flag is None and not named_by_cluster:
+        print(f"this TPU machine says nothing of others ({problem}): going on alone", flush=True)
+        return None
+    if problem:
         raise RequestError(
-            "--distributed: no cluster is found (Slurm, Open MPI, TPU pods are known); name it "
-            "with --coordinator=HOST:PORT --num_processes=N --process_id=K"
+            f"no cluster is found ({problem}); name it with --coordinator=HOST:PORT "
+            "--num_processes=N --process_id=K, or go on alone with --no-distributed"
         )
-    return Place(*found)
+    return Place(*found[:3], _local_devices(found[3], environment))
+
+
+def _local_devices(
+    found: Sequence[int] | None, environment: Mapping[str, str]
+) -> Sequence[int] | None:
+    """A device for each process of a node, unless the user names them or it is the only one."""
+    if named := environment.get("JAX_LOCAL_DEVICE_IDS"):
+        return [int(word) for word in named.split(",")]
+    on_node = (
+        environment.get("OMPI_COMM_WORLD_LOCAL_SIZE")
+        or re.match(r"\d*", environment.get("SLURM_STEP_TASKS_PER_NODE", "")).group()
+    )
+    return None if on_node == "1" else found
 
 
 def _check(coordinator: str, count: int, index: int) -> None:
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise RequestError(f"--coordinator={coordinator}: expected HOST:PORT, e.g. 10.0.0.1:1234")
+    known = port.isascii() and port.isdecimal() and 0 < int(port) < 65536
+    if not host or not known or (":" in host and not (host[0] == "[" and host[-1] == "]")):
+        raise RequestError(
+            f"--coordinator={coordinator}: expected HOST:PORT, e.g. 10.0.0.1:1234 or [fe80::1]:1234"
+        )
+    if count < 1:
+        raise RequestError(f"--num_processes={count}: at least 1")
     if not 0 <= index < count:
         raise RequestError(
             f"--process_id={index}: must be from 0 to {count - 1} with --num_processes={count}"
+        )
+
+
+def check_limits(startup_seconds: float, host_seconds: float) -> None:
+    """Refuses limits under which healthy processes end, or none ever does.
+
+    Raises:
+      RequestError: names the flag.
+    """
+    if not 1 <= startup_seconds < math.inf:
+        raise RequestError(f"--startup_seconds={startup_seconds:g}: at least 1, and finite")
+    if not 3 * session.BEAT_SECONDS <= host_seconds < math.inf:
+        raise RequestError(
+            f"--host_seconds={host_seconds:g}: at least {3 * session.BEAT_SECONDS:g}, and finite: "
+            f"each process tells every {session.BEAT_SECONDS:g} s that it lives"
         )
 
 
@@ -116,7 +158,8 @@ def join(place: Place, seconds: float, host_seconds: float) -> session.Session:
       seconds: for all to come.
       host_seconds: how long a process may be silent before the others end.
     Raises:
-      RequestError: not all have come, or they do not belong together.
+      AbsentError: not all have come.
+      RequestError: they do not belong together.
     """
     meet(place, seconds)
     # Signals are heard by `interruption.Watch`: JAX's notice hides the second one.
@@ -127,6 +170,7 @@ def join(place: Place, seconds: float, host_seconds: float) -> session.Session:
             place.count,
             place.index,
             place.local_devices,
+            cluster_detection_method="deactivate",  # It is all known.
             initialization_timeout=JOIN_SECONDS,
             # JAX ends the process without a name; the session, which knows it, comes first.
             heartbeat_timeout_seconds=round(2 * host_seconds) + 10,
@@ -136,15 +180,15 @@ def join(place: Place, seconds: float, host_seconds: float) -> session.Session:
         reason = str(error).splitlines()[0]
         raise RequestError(f"the hosts cannot be joined: {reason}") from error
     client = distributed.global_state.client
-    return session.begin(client, place.index, place.count, host_seconds)
+    return session.begin(client, place.index, place.count, host_seconds, seconds)
 
 
 def meet(place: Place, seconds: float, now: Callable[[], float] = time.monotonic) -> None:
     """Returns when all processes have come to process 0.
 
-    Raises:
-      RequestError: in all that came, the same: who has not come within `seconds`, or who does not
-        belong to the run.
+    Raises, in all that came, the same:
+      AbsentError: who has not come within `seconds`.
+      RequestError: who does not belong to the run.
     """
     deadline = now() + seconds
     if place.index:
@@ -156,42 +200,47 @@ def meet(place: Place, seconds: float, now: Callable[[], float] = time.monotonic
 def _receive(place: Place, seconds: float, deadline: float, now: Callable[[], float]) -> None:
     """Process 0's part: it hears all greetings, and answers them all alike."""
     there: dict[int, socket.socket] = {}
-    problem = ""
+    problem, again = "", False
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(_listener(place, seconds, deadline, now))
-        while not problem and len(there) < place.count - 1:
+        listener.settimeout(AGAIN_SECONDS)
+        while not problem:
+            there = {k: connection for k, connection in there.items() if _is_open(connection)}
+            missing = [str(k) for k in range(1, place.count) if k not in there]
+            if not missing:
+                break
             if now() > deadline:
-                missing = [str(k) for k in range(1, place.count) if k not in there]
-                have = "has" if len(missing) == 1 else "have"
+                have, again = "has" if len(missing) == 1 else "have", True
                 problem = (
                     f"of {place.count} processes, number {', '.join(missing)} {have} not come to "
                     f"process 0 at {place.coordinator} within {seconds:g} s; start all of them, "
                     "or see --num_processes and --startup_seconds"
                 )
                 break
-            listener.settimeout(AGAIN_SECONDS)
             try:
                 connection, address = listener.accept()
             except TimeoutError:
                 continue
             stack.enter_context(connection)
-            greeting = _read(connection, AGAIN_SECONDS * 10)
+            greeting = _read(connection, now, GREETING, GREETING_SECONDS)
             if greeting is None:  # Somebody else's.
+                connection.close()
                 continue
             index, count = greeting["index"], greeting["count"]
-            if count != place.count:
+            if count != place.count or not 0 <= index < count:
                 problem = (
                     f"process {index} on {address[0]} has --num_processes={count}, process 0 has "
                     f"{place.count}"
                 )
-            elif index == 0 or (index in there and _is_open(there[index])):
+            elif index == 0 or index in there:
                 problem = f"two processes have --process_id={index}, one of them on {address[0]}"
             there[index] = connection
         for connection in there.values():
             with contextlib.suppress(OSError):
-                connection.sendall(json.dumps({"problem": problem}).encode() + b"\n")
+                answer = {"problem": problem, "again": again}
+                connection.sendall(json.dumps(answer).encode() + b"\n")
     if problem:
-        raise RequestError(problem)
+        raise (session.AbsentError if again else RequestError)(problem)
 
 
 def _listener(
@@ -208,7 +257,7 @@ def _listener(
             return socket.create_server(("", port), backlog=place.count)
         except OSError as error:  # Perhaps of a job that is just ending.
             if now() > deadline:
-                raise RequestError(
+                raise session.AbsentError(
                     f"process 0 cannot listen at port {port} within {seconds:g} s: "
                     f"{error.strerror or error}; choose another --coordinator"
                 ) from error
@@ -222,21 +271,22 @@ def _greet(place: Place, seconds: float, deadline: float, now: Callable[[], floa
     reached = False
     while now() < deadline + 2 * AGAIN_SECONDS:
         try:
-            with socket.create_connection((host.strip("[]"), int(port)), AGAIN_SECONDS * 10) as it:
-                it.sendall(greeting)
+            address = host.strip("[]"), int(port)
+            with socket.create_connection(address, GREETING_SECONDS) as connection:
+                connection.sendall(greeting)
                 reached = True
                 # Process 0 answers when all have come, at its own deadline at the latest.
-                answer = _read(it, seconds + JOIN_SECONDS)
+                answer = _read(connection, now, ANSWER, seconds + JOIN_SECONDS)
         except OSError:
             answer = None
         if answer is None:  # Not there yet, or what listens is still an earlier run.
             time.sleep(AGAIN_SECONDS)
             continue
         if answer["problem"]:
-            raise RequestError(answer["problem"])
+            raise (session.AbsentError if answer["again"] else RequestError)(answer["problem"])
         return
     said = "has not let this one in" if reached else "cannot be reached"
-    raise RequestError(
+    raise session.AbsentError(
         f"process 0 at {place.coordinator} {said} within {seconds:g} s (this is process "
         f"{place.index} of {place.count}); is it running, and is the address right?"
     )
@@ -255,23 +305,23 @@ def _is_open(connection: socket.socket) -> bool:
         connection.setblocking(True)
 
 
-def _read(connection: socket.socket, seconds: float) -> dict | None:
-    """A line of JSON; None if none comes, or something else."""
-    connection.settimeout(seconds)
-    received = b""
+def _read(
+    connection: socket.socket,
+    now: Callable[[], float],
+    fields: Mapping[str, type],
+    seconds: float,
+) -> dict | None:
+    """A line of JSON with these fields, within so many seconds; None if something else comes."""
+    deadline, received = now() + seconds, b""
     try:
-        while not received.endswith(b"\n") and len(received) < LONGEST:
+        while not received.endswith(b"\n"):
+            connection.settimeout(max(deadline - now(), 0.001))
             part = connection.recv(LONGEST)
-            if not part:
-                break
             received += part
+            if not part or len(received) > LONGEST or now() > deadline:
+                return None
         message = json.loads(received)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    wanted = {"index": int, "count": int}, {"problem": str}
-    for fields in wanted:
-        if isinstance(message, dict) and all(
-            type(message.get(name)) is kind for name, kind in fields.items()
-        ):
-            return message
-    return None
+    fits = isinstance(message, dict) and message.keys() == fields.keys()
+    return message if fits and all(type(message[k]) is kind for k, kind in fields.items()) else None

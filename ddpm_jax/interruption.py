@@ -62,12 +62,12 @@ class Watch:
     def __enter__(self) -> Watch:
         self._outer = Watch._open
         if self._outer is None:
-            Watch._open = self
             self._asked_at = time.monotonic()
             if threading.current_thread() is threading.main_thread():
                 self._listen()
             if self._hang_seconds:
                 threading.Thread(target=self._guard, name="hang", daemon=True).start()
+            Watch._open = self
         return self
 
     def asked(self) -> bool:
@@ -96,10 +96,10 @@ class Watch:
 
     def _listen(self) -> None:
         """Hears signals twice: as Python does, between two of its instructions, and at once."""
-        for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._handle)
         read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._handle)
         self._wakeup_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         threading.Thread(target=self._hear, args=(read_end,), name="signals", daemon=True).start()
 
@@ -160,3 +160,10 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def end_with(code: int) -> int:
+    """The exit code, which no signal changes any more: Python's own end takes a second or two."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    return code

@@ -22,7 +22,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax import generation, hosts, interruption, runs, session
 from ddpm_jax.config import RequestError
 from ddpm_jax.data import ReadError
-from ddpm_jax.evaluation import results, selftest
+from ddpm_jax.evaluation import manifest, results, selftest
 from ddpm_jax.lock import LostError
 from ddpm_jax.training import check, goodput, loop, together, verify
 from ddpm_jax.training.checkpoints import CheckpointError
@@ -150,27 +150,40 @@ def _run(argv: Sequence[str], started: float | None) -> int:
     if args.mode != "check" and not args.selftest and not args.workdir:
         raise RequestError("--workdir=DIR is needed, e.g. --workdir=runs/digits")
     use_compilation_cache()
-    if args.seeds is not None:
+    if args.mode in ("sample", "evaluate") and not args.selftest:
+        limit = goodput.PATIENCE * config.parallel.hang_seconds
+        with interruption.Watch(limit, lambda: f"in --mode={args.mode}"):
+            _use(args, config)
+    elif args.seeds is not None:
         seeds = together.parse_seeds(args.seeds)
         together.train_together(
             config, args.workdir, seeds, _say, force=args.force, started=started
         )
     elif args.mode == "train":
         loop.train(config, args.workdir, _say, args.force, started)
-    elif args.mode == "sample":
-        run = runs.load(args.workdir, config=config)
-        directory = runs.RunDirectory.of(args.workdir).samples
-        _say(f"samples: {generation.generate(run, directory, _say)}")
     elif args.selftest:
         return 0 if selftest.run(config, _say) else 1
     elif args.mode == "verify":
         return 0 if verify.verify(config, args.workdir, _say) else 1
-    elif args.mode == "evaluate":
-        run = results.load_for_evaluation(args.workdir, config)
-        results.evaluate(run, runs.RunDirectory.of(args.workdir), _say)
     else:
         _say(check.report(config))
     return 0
+
+
+def _use(args: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
+    """--mode=sample and --mode=evaluate.
+
+    Raises:
+      RequestError: no run there, another config, or no disk that the hosts have in common.
+    """
+    directory = runs.RunDirectory.of(args.workdir)
+    directory.check_shared()
+    loop.check_config(config)
+    if args.mode == "sample":
+        run = runs.load(args.workdir, config=config)
+        _say(f"samples: {generation.generate(run, directory.samples, _say)}")
+    else:
+        results.evaluate(results.load_for_evaluation(args.workdir, config), directory, _say)
 
 
 def _check_seeds(args: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> None:
@@ -192,12 +205,12 @@ def reported(work: Callable[[], int]) -> int:
     """
     with interruption.sigterm_as_ctrl_c():
         code, message = _outcome(work)
-    of_all = session.current()
-    if of_all is not None:
-        if message is None:
-            of_all.close()
-        else:
-            of_all.leave(code, message)
+        of_all = session.current()
+        if of_all is not None:
+            if message is None:
+                of_all.close()
+            else:
+                of_all.leave(code, message)
     return code
 
 
@@ -207,6 +220,8 @@ def _outcome(work: Callable[[], int]) -> tuple[int, str | None]:
         return work(), None
     except RequestError as error:
         return _fail(error, 2)
+    except session.AbsentError as error:
+        return _fail(error, interruption.EXIT_CODE)
     except interruption.Interrupted as error:
         return _fail(error, interruption.EXIT_CODE)[0], None
     except KeyboardInterrupt:
@@ -235,8 +250,10 @@ def join_hosts(args: argparse.Namespace) -> None:
     """Joins the other processes, where there are any; before anything touches a device.
 
     Raises:
-      RequestError: the flags are incomplete, no cluster is found, or not all have come.
+      RequestError: the flags are wrong or unlike those of the others, or no cluster is found.
+      AbsentError: not all have come.
     """
+    hosts.check_limits(args.startup_seconds, args.host_seconds)
     place = hosts.find(
         args.coordinator,
         args.num_processes,
@@ -247,6 +264,8 @@ def join_hosts(args: argparse.Namespace) -> None:
     if place is not None and place.count > 1:
         of_all = hosts.join(place, args.startup_seconds, args.host_seconds)
         of_all.doing = lambda: f"in --mode={args.mode}"
+        asked = {f"--{name}": getattr(args, name) for name in ("mode", "workdir", "seeds", "force")}
+        session.agree("what they are to do", asked | {"the code": manifest.source_digest()})
 
 
 def _say(line: str) -> None:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ddpm_jax import bounded, files
+from ddpm_jax import bounded, files, session
 from ddpm_jax.config import RequestError
 from ddpm_jax.interruption import Interrupted, Watch
 from ddpm_jax.parallel import wait_for_all
@@ -56,7 +56,7 @@ def collect(
     first_host = jax.process_index() == 0
     if directory is not None:
         _check_protocol(directory, protocol)
-        pieces = _kept(directory)
+        pieces = _agreed(directory, _kept(directory))
         wait_for_all(f"parts of {directory}")  # Nobody writes before all have listed.
         if first_host:
             files.replace(directory / "protocol.json", json.dumps(protocol))
@@ -123,6 +123,23 @@ def _kept(directory: epath.Path) -> dict[int, tuple[int, Arrays]]:
             kept[int(name[1])] = int(name[2]), arrays
             end = int(name[1]) + int(name[2])
     return kept
+
+
+def _agreed(
+    directory: epath.Path, kept: dict[int, tuple[int, Arrays]]
+) -> dict[int, tuple[int, Arrays]]:
+    """The pieces that the first host has: all hosts must compute the same ones.
+
+    Raises:
+      RequestError: this host cannot read one of them.
+    """
+    found = session.gather("listing pieces", [[s, n] for s, (n, _) in kept.items()])[0]
+    for start, length in found:
+        if start not in kept or kept[start][0] != length:
+            raise RequestError(
+                f"piece {start} in {directory} cannot be read on every host; delete the directory"
+            )
+    return {start: kept[start] for start, _ in found}
 
 
 def _check_protocol(directory: epath.Path, protocol: dict[str, Any]) -> None:

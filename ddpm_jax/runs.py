@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
+import uuid
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,13 +28,15 @@ import ml_collections
 from etils import epath
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import files
+from ddpm_jax import files, session
 from ddpm_jax.diffusion import Process
 from ddpm_jax.evaluation import manifest
 from ddpm_jax.models import UNet
 from ddpm_jax.parallel import Layout, make_layout, to_host
 from ddpm_jax.training.checkpoints import Checkpoints
 from ddpm_jax.training.state import init_state, make_optimizer
+
+SHARED_SECONDS = 20.0  # In which a file of one host appears on the others.
 
 # What may differ when a run goes on, keys or whole groups: nothing that a step's numbers depend on.
 HARMLESS = (
@@ -153,6 +157,35 @@ class RunDirectory:
     def figures(self) -> epath.Path:
         """The directory of plots."""
         return self.path / "figures"
+
+    def check_shared(self) -> None:
+        """Checks that all hosts see the same directory, by a file that the first one writes.
+
+        Raises:
+          RequestError: names a host that does not see it; or it cannot be written.
+        """
+        of_all = session.current()
+        if of_all is None:
+            return
+        probe = self.path / f"{uuid.uuid4().hex[:8]}.shared"
+        first = of_all.index == 0
+        try:
+            if first:
+                files.replace(probe, "All hosts look for this file, and remove it.\n")
+            name = of_all.gather("looking at the run directory", probe.name)[0]
+            seen = of_all.gather("looking at the run directory", _appears(self.path / name))
+        except OSError as error:
+            raise config_lib.RequestError(
+                f"{self.path} cannot be written: {error.strerror or error}"
+            ) from error
+        finally:
+            if first:
+                probe.unlink(missing_ok=True)
+        if blind := [of_all.name(k) for k, sees in enumerate(seen) if not sees]:
+            raise config_lib.RequestError(
+                f"{self.path} is another directory on {', '.join(blind)}: all hosts need the same "
+                "disk, or gs://"
+            )
 
     def load_config(self) -> ml_collections.ConfigDict:
         """The run's config.
@@ -280,6 +313,17 @@ class RunDirectory:
             and key not in free
             and key.partition(".")[0] not in free
         ]
+
+
+def _appears(path: epath.Path, seconds: float = SHARED_SECONDS) -> bool:
+    """Whether a file is there, or comes: network disks may take a while to show it."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        files.matching(path.parent, path.name)  # Some look again when they are listed.
+        time.sleep(0.1)
+    return True
 
 
 def _is_start(entry: Any) -> bool:

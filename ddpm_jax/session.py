@@ -104,8 +104,7 @@ class Session:
         now = time.monotonic()
         self._reached = now
         self._heard = {k: (Status(), now) for k in range(count) if k != index}
-        self._start(self._live)
-        self._start(self._guard)
+        self._threads = [self._start(self._live), self._start(self._guard)]
 
     def _start(self, work: Callable[[], None]) -> threading.Thread:
         thread = threading.Thread(target=work, name=f"session {work.__name__}", daemon=True)
@@ -200,9 +199,9 @@ class Session:
         """Tells the others each second that this process lives, and hears of them."""
         failed_since, agreeing = None, False
         while not self._closed.is_set():
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # The guard counts.
+            with contextlib.suppress(Exception):  # This thread must live; the guard counts.
                 self._tell()
-                of_all = {k: Status(**json.loads(s)) for k, s in self._all("status").items()}
+                of_all = {k: _status(text) for k, text in self._all("status").items()}
                 self._reached = time.monotonic()
                 failed = {}
                 for k in self._heard:
@@ -274,6 +273,9 @@ class Session:
             self._own.ended = True
             self._tell()
         self._closed.set()
+        self._hurry.set()
+        for thread in self._threads:  # One that is in JAX when Python ends takes it down.
+            thread.join(GRACE_SECONDS)
 
     def leave(self, code: int, message: str) -> None:
         """Ends this process at once, and with it the others, whose message names this one."""
@@ -310,6 +312,12 @@ class Session:
         """The values that processes have set, by index."""
         pairs = self._client.key_value_dir_get(f"{ROOT}/{what}/")
         return {int(key.rsplit("/", 1)[1]): value for key, value in pairs}
+
+
+def _status(text: str) -> Status:
+    """What another process told, perhaps one of another version."""
+    known = {field.name for field in dataclasses.fields(Status)}
+    return Status(**{key: value for key, value in json.loads(text).items() if key in known})
 
 
 @dataclasses.dataclass

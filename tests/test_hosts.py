@@ -1,5 +1,6 @@
 """Several hosts: how they meet, agree, stop together, and end when one of them is gone."""
 
+import contextlib
 import json
 import os
 import re
@@ -61,13 +62,15 @@ def test_all_meet_whoever_comes_first_and_strangers_do_not_matter():
     def stranger():
         while True:
             try:
-                with socket.create_connection(("127.0.0.1", int(address[10:]))) as it:
-                    it.sendall(b"GET / HTTP/1.1\r\n\n")
-                    return it.recv(10)
+                heard = b""
+                for said in (b"GET / HTTP/1.1\r\n\n", b'{"problem": "x"}\n', b"[" * 5000):
+                    with socket.create_connection(("127.0.0.1", int(address[10:]))) as it:
+                        it.sendall(said)
+                        with contextlib.suppress(ConnectionResetError):
+                            heard += it.recv(10)
+                return heard
             except ConnectionRefusedError:
                 time.sleep(0.01)
-            except ConnectionResetError:
-                return b""
 
     calls = [lambda place=place: hosts.meet(place, PATIENCE) for place in reversed(places)]
     found = in_threads([stranger, *calls[:3], lambda: time.sleep(0.5) or calls[3]()])
@@ -77,20 +80,25 @@ def test_all_meet_whoever_comes_first_and_strangers_do_not_matter():
 def test_everybody_hears_who_has_not_come():
     address = f"127.0.0.1:{free_port()}"
     found = meeting([Place(address, 4, 0), Place(address, 4, 2)], 1.0)
-    assert all(isinstance(error, RequestError) for error in found)
+    assert all(isinstance(error, session.AbsentError) for error in found)
     assert str(found[0]) == str(found[1])
     assert "of 4 processes, number 1, 3 have not come to process 0" in str(found[0])
 
 
 def test_without_process_0_the_others_say_so():
     (found,) = meeting([Place(f"127.0.0.1:{free_port()}", 2, 1)], 0.3)
-    assert isinstance(found, RequestError)
+    assert isinstance(found, session.AbsentError)
     assert "cannot be reached within 0.3 s (this is process 1 of 2)" in str(found)
 
 
 @pytest.mark.parametrize(
     ("other", "text"),
-    [((3, 1), "has --num_processes=3, process 0 has 2"), ((2, 0), "have --process_id=0")],
+    [
+        ((3, 1), "has --num_processes=3, process 0 has 2"),
+        ((2, 0), "have --process_id=0"),
+        ((2, 5), "process 5 on"),
+        ((2, -1), "process -1 on"),
+    ],
 )
 def test_who_does_not_belong_to_the_run_is_refused(other, text):
     address = f"127.0.0.1:{free_port()}"
@@ -113,7 +121,7 @@ def test_a_port_that_is_taken_is_named():
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         (found,) = meeting([Place(f"127.0.0.1:{port}", 2, 0)], 0.3)
-    assert isinstance(found, RequestError) and f"cannot listen at port {port}" in str(found)
+    assert isinstance(found, session.AbsentError) and f"cannot listen at port {port}" in str(found)
 
 
 # Finding.
@@ -166,6 +174,9 @@ def test_who_is_one_of_several(environment, several):
         (("a:1", None, None, None), "belong together"),
         (("a:1", 2, 2, None), "must be from 0 to 1"),
         (("nowhere", 2, 0, None), "expected HOST:PORT"),
+        (("a:²", 2, 0, None), "expected HOST:PORT"),
+        (("::1:1234", 2, 0, None), "expected HOST:PORT"),
+        (("a:1", 0, 0, None), "at least 1"),
         ((None, None, None, True), "no cluster is found"),
     ],
 )
@@ -175,6 +186,33 @@ def test_flags_that_do_not_fit_are_one_line(flags, text, monkeypatch):
     with pytest.raises(RequestError, match=text) as caught:
         hosts.find(*flags, 10)
     assert "\n" not in str(caught.value)
+
+
+def test_a_process_has_its_nodes_devices_where_it_is_alone_there_or_is_told(monkeypatch):
+    for key, value in SLURM.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "1(x4)")
+    assert hosts.find(None, None, None, None, 10).local_devices is None
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "8(x4)")
+    assert hosts.find(None, None, None, None, 10).local_devices == [0]
+    monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "2,3")
+    assert hosts.find(None, None, None, None, 10).local_devices == [2, 3]
+
+
+def test_a_tpu_machine_that_says_nothing_of_others_goes_on_alone(monkeypatch, capsys):
+    for key in SLURM:
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setattr(hosts.clusters.cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    assert hosts.find(None, None, None, None, 1) is None
+    assert "going on alone" in capsys.readouterr().out
+    with pytest.raises(RequestError, match="--no-distributed"):
+        hosts.find(None, None, None, True, 1)
+
+
+@pytest.mark.parametrize("limits", [(0, 60), (300, 1), (float("nan"), 60), (300, float("inf"))])
+def test_limits_that_end_healthy_runs_or_none_are_refused(limits):
+    with pytest.raises(RequestError, match="_seconds="):
+        hosts.check_limits(*limits)
 
 
 # Agreeing.
@@ -218,7 +256,7 @@ def sessions():
     def make(count, host_seconds=PATIENCE):
         store, ended = Store(count), [[] for _ in range(count)]
         made.extend(
-            session.Session(store, k, count, host_seconds, 0.02, ended[k].append)
+            session.Session(store, k, count, host_seconds, PATIENCE, 0.02, ended[k].append)
             for k in range(count)
         )
         return types.SimpleNamespace(all=made[-count:], ended=ended)
@@ -226,6 +264,15 @@ def sessions():
     yield make
     for one in made:
         one._closed.set()
+        one._hurry.set()
+
+
+def test_who_asks_for_something_else_is_named(sessions):
+    one, other = sessions(2).all
+    calls = [lambda: one.gather("training", 1), lambda: other.gather("sampling", 1)]
+    for error in in_threads(calls):
+        assert isinstance(error, RequestError)
+        assert "not started alike: 'sampling' on process 1, 'training' on process 0" in str(error)
 
 
 def test_values_of_all_are_gathered_in_order(sessions):
@@ -239,12 +286,13 @@ def test_who_does_not_come_to_an_agreement_is_named(sessions):
     first, _, third = sessions(3).all
     found = in_threads([lambda s=s: s.gather("reading", 1, 0.3) for s in (first, third)])
     for error in found:
-        assert isinstance(error, RequestError)
-        assert str(error).startswith("reading: not all hosts have come within 0.3 s: process 1 on ")
+        assert isinstance(error, session.AbsentError)
+        assert str(error).startswith("reading: not all hosts have come within 0.3 s: process 1; ")
 
 
 def test_facts_that_differ_are_named_with_their_host(sessions, monkeypatch):
     both = sessions(2).all
+    in_threads([one.introduce for one in both])
     current = threading.local()
     monkeypatch.setattr(session, "current", lambda: current.session)
     facts = {"seed": 1, "name": "digits", "steps": 10}
@@ -284,6 +332,7 @@ def test_all_stop_at_the_same_question(sessions, asked_of):
 def test_one_that_fails_ends_the_others_with_its_reason(sessions, capsys, monkeypatch):
     monkeypatch.setattr(session, "GRACE_SECONDS", 0.1)
     three = sessions(3)
+    in_threads([one.introduce for one in three.all])
     three.all[1].leave(2, "its disk is full")
     wait_until(lambda: all(three.ended))
     assert [codes[0] for codes in three.ended] == [2, 2, 2]
@@ -391,9 +440,22 @@ def test_hosts_that_fall_silent_are_named_and_end_the_others():
     processes[2].kill()
 
 
-def test_an_error_on_one_host_ends_the_others_with_its_reason():
-    codes, errors = ended(start_hosts(2, 60, "fail1"))
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_on_one_host_ends_the_others_with_its_reason(failing):
+    codes, errors = ended(start_hosts(2, 60, f"fail{failing}"))
     assert codes == [1, 1], errors
-    assert "process 1 on" in errors[0]
-    assert "has stopped: ValueError: a cable is loose" in errors[0]
-    assert "Traceback" in errors[1] and "a cable is loose" in errors[1]
+    assert f"process {failing} on" in errors[1 - failing]
+    assert "has stopped: ValueError: a cable is loose" in errors[1 - failing]
+    assert "Traceback" in errors[failing] and "a cable is loose" in errors[failing]
+
+
+def test_process_0_that_freezes_is_named_and_one_that_is_killed_ends_the_others():
+    processes = start_hosts(2, 4)
+    os.kill(processes[0].pid, signal.SIGSTOP)
+    code, (error,) = ended(processes[1:])
+    assert code == [75] and "error: process 0 on" in error, error
+    assert "has not been heard of for 4 s" in error
+    processes[0].kill()
+    processes = start_hosts(2, 60)
+    processes[0].kill()
+    assert ended(processes[1:])[0] == [-signal.SIGABRT]  # By JAX, at once.

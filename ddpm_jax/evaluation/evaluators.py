@@ -33,6 +33,16 @@ Say = Callable[[str], None]
 NEIGHBORS_SHOWN = 16
 
 
+def _check_seen(arrays: object, path: epath.Path) -> None:
+    """Refuses to go on where the first host has read a file and this one has not.
+
+    Raises:
+      RequestError: this one has not.
+    """
+    if arrays is None:
+        raise RequestError(f"{path} cannot be read on this host: all need the same disk")
+
+
 def make_evaluators(run: Run, say: Say) -> list[Evaluator]:
     """The evaluators that `run.config.evaluation` asks for, one a split and one a feature network.
 
@@ -110,6 +120,7 @@ class BoundEvaluator:
             (arrays,) = self.files(run, directory).values()
             there = parts.read(arrays) if arrays.exists() else None
             if first_hosts(np.array(there is not None)):
+                _check_seen(there, arrays)
                 yield from self._results(bound.Bound(**there), wanted, arrays)
                 return
             keep |= {"directory": arrays.with_suffix(".parts"), "protocol": {"key": arrays.stem}}
@@ -312,6 +323,7 @@ class QualityEvaluator:
         path = directory.evaluation / f"step{run.step}_{self._extractor.name}_{key}.npz"
         there = parts.read(path) if path.exists() else None
         if first_hosts(np.array(there is not None)):
+            _check_seen(there, path)
             return there
         keep = {"directory": path.with_suffix(".parts"), "protocol": {"key": key}}
         found = collect(len(images), self._batch, piece, "image", self._say, stop=stop, **keep)

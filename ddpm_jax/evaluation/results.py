@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from ddpm_jax import files
+from ddpm_jax.config import RequestError
 from ddpm_jax.evaluation import manifest
 from ddpm_jax.evaluation.evaluators import make_evaluators
 from ddpm_jax.evaluation.manifest import Manifest, Measured
@@ -74,6 +75,8 @@ def evaluate_and_keep(
     there = {name: there.get(name) for name in stems}
     exists = first_hosts(np.array([measured is not None for measured in there.values()]))
     there = {n: m for (n, m), kept in zip(there.items(), exists, strict=True) if kept}
+    if unseen := [paths[name] for name, measured in there.items() if measured is None]:
+        raise RequestError(f"{unseen[0]} cannot be read on this host: all need the same disk")
     wanted = [name for name in paths if name not in there]
     subject = {
         "run": directory.path.name,

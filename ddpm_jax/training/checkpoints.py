@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -50,7 +51,8 @@ class Checkpoints:
           sweep: whether what saves that did not end have left there is removed, and damaged ones
             are set aside when an older one is restored, as only who saves there may do.
         """
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file.
+        # Orbax tells of every file, and of each error before it raises it.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         # Of the leaves that cannot be read it raises one's error, and forgets the others'.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         self._directory = epath.Path(directory)
@@ -123,7 +125,9 @@ class Checkpoints:
         Raises:
           CheckpointError: it could not be written.
         """
-        if self.saving and not self._manager.is_saving_in_progress():
+        with _write_errors(self._directory):
+            ended = self.saving and not self._in_progress()
+        if ended:
             self.wait()
 
     def wait(self) -> None:
@@ -135,11 +139,19 @@ class Checkpoints:
         saving, self.saving = self.saving, False
         with _write_errors(self._directory):
             try:
+                # Of several hosts one that fails leaves the others waiting for it, and it for them.
+                while saving and jax.process_count() > 1 and self._in_progress():
+                    time.sleep(0.05)
                 self._manager.wait_until_finished()
             except BaseException:
                 if saving:
                     self._manager.reload()  # Else it believes that the step is there.
                 raise
+
+    def _in_progress(self) -> bool:
+        """Whether a save goes on; raises whatever has gone wrong in this host's part of it."""
+        self._manager.check_for_errors()
+        return self._manager.is_saving_in_progress()
 
     def close(self) -> None:
         """Lets go of the directory, without a word about failures: call `wait` first."""

@@ -23,6 +23,7 @@ from ddpm_jax.files import REMOTE_SECONDS
 from ddpm_jax.interruption import Interrupted
 from ddpm_jax.progress import duration
 
+PATIENCE = 20.0  # Times that of a step, for what is thousands of them: sampling, evaluation.
 PHASES = ("start", "compile", "input", "step", "evaluate", "sample", "save")
 COMPILING = "/jax/core/compile/backend_compile_duration"
 SAVE_SECONDS = 5.0  # Between two updates of the file.
@@ -88,7 +89,7 @@ class Clock:
 
     def patience(self) -> float:
         """How much longer than a step the phase may take: sampling is thousands of them."""
-        return 1.0 if self._phase in ("step", "input", "save") else 20.0
+        return 1.0 if self._phase in ("step", "input", "save") else PATIENCE
 
     def close(self) -> None:
         """Hears of no compilation any more."""

@@ -19,7 +19,7 @@ from ddpm_jax.evaluation import manifest
 from ddpm_jax.evaluation.evaluators import make_evaluators
 from ddpm_jax.evaluation.requests import Evaluator
 from ddpm_jax.interruption import Interrupted, Watch
-from ddpm_jax.lock import Lock, hold, holder
+from ddpm_jax.lock import Lock, hold
 from ddpm_jax.parallel import compile_call
 from ddpm_jax.progress import Progress
 from ddpm_jax.runs import RunDirectory
@@ -103,18 +103,30 @@ def check_agreement(config: ml_collections.ConfigDict, workdir: str, source: Sou
     Raises:
       RequestError: names the host and the difference.
     """
+    check_config(config)
+    facts = {
+        "the code": manifest.source_digest(),
+        "the run directory": str(workdir),
+        "the images' fingerprint": fingerprint(source),
+    }
+    session.agree("what they train", facts)
+
+
+def check_config(config: ml_collections.ConfigDict) -> None:
+    """Checks that all hosts have the same config, JAX and kind of device.
+
+    Raises:
+      RequestError: names the host and the difference.
+    """
     # Where a host finds the images and keeps what it has decoded is its own affair.
     shared = [key for key in config_lib.FIELDS if not key.endswith(("data_dir", "cache_dir"))]
     facts = {f"config.{key}": config_lib.get(config, key) for key in shared}
     facts |= {
-        "the code's digest": manifest.source_digest(),
         "jax": jax.__version__,
-        "the run directory": str(workdir),
-        "the images' fingerprint": fingerprint(source),
         "the number of devices": jax.local_device_count(),
         "the kind of device": jax.local_devices()[0].device_kind,
     }
-    session.agree("what they train", facts)
+    session.agree("their config", facts)
 
 
 def take(
@@ -128,11 +140,7 @@ def take(
     held = None
     if jax.process_index() == 0:
         held = stack.enter_context(hold(directory.path, say))
-    session.gather("taking the run directory", None)
-    session.agree(
-        f"what {directory.path} holds (all need the same disk, or gs://)",
-        {"the holder of the lock": holder(directory.path) if session.current() else None},
-    )
+    directory.check_shared()
     return held
 
 
@@ -179,6 +187,7 @@ def run_lanes(
       Interrupted: by SIGINT or SIGTERM, after a checkpoint of each.
       CheckpointError, ReadError: see `train`.
     """
+    clock.step = min(lane.step for lane in lanes)
     watch.farewell = lambda how: [lane.lives.end(how) for lane in lanes]
     # The signal that ended them may have come in between.
     behind = [lane for lane in lanes if lane.step]
