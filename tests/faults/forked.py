@@ -79,6 +79,8 @@ def serve():
     """Answers requests, a line of JSON each; returns a life's exit code in the life itself."""
     from ddpm_jax import main
 
+    # What was begun in the background has none.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for line in sys.stdin:
         request = json.loads(line)
         if "argv" in request:
@@ -95,6 +97,8 @@ def live(main, argv, log, devices, cache):
     """A run of the program, as if begun here."""
     import jax
 
+    from ddpm_jax import interruption
+
     began = time.monotonic()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for standard in (1, 2):
@@ -105,7 +109,7 @@ def live(main, argv, log, devices, cache):
     # However quickly a program was compiled, the next life need not do it again.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     main.use_compilation_cache = lambda: None
-    return main.main(argv, began)
+    return interruption.end_with(main.main(argv, began))
 
 
 def wait(pid, seconds):

@@ -64,9 +64,8 @@ class Run:
         return [*seconds, time.monotonic() - began]
 
     def lives(self):
-        """What goodput.json tells of lives; those that ended before they began are not there."""
-        path = self.workdir / "goodput.json"
-        return goodput.read(path) if path.exists() else []
+        """What goodput.json tells of lives that came to their first step."""
+        return [life for life in goodput.read(self.workdir / "goodput.json") if life.first >= 0]
 
 
 def assert_nothing_lost(run, unbroken):

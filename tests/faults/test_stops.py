@@ -57,19 +57,19 @@ class Fault:
     longest: float
     evaluating: bool = False
 
-    def after(self, newest, last):
+    def after(self, newest, every, last):
         """The step of that checkpoint in a life that begins at `newest`; 0: its beginning."""
         if self.evaluating:
-            return EVALUATED
+            return EVALUATED // every * every
         if self.checkpoints == 0:
             return 0
-        return last if self.checkpoints < 0 else min(newest + self.checkpoints, last)
+        return last if self.checkpoints < 0 else min(newest + self.checkpoints * every, last)
 
 
 @pytest.fixture(scope="module")
 def unbroken(request, nursery, tmp_path_factory):
     """Makes runs that are left alone, with how long their parts took."""
-    steps = 20 if request.config.getoption("--long") else 10
+    steps = 24 if request.config.getoption("--long") else 16
     made = {}
 
     def make(what):
@@ -162,12 +162,13 @@ def test_a_run_that_is_stopped_again_and_again_loses_nothing(
     last = whole.settings["train__steps"]
     # With an empty cache the first lives are stopped while they compile, or write what they have.
     cache = tmp_path / "cache" if long and int(seed) % 4 == 0 else None
-    run = Run(nursery, tmp_path, whole.settings, cache)
+    every = 1 + (int(seed) + 1) % 3
+    run = Run(nursery, tmp_path, whole.settings | {"train__checkpoint_every": every}, cache)
     kills, stops = (8, 4) if long else (3, 2)
     for fault in drawn(rng, kills, stops, whole, cache is not None, kind == "evaluating"):
         newest, unfinished = run.newest(), run.unfinished()
         pid = run.start()
-        if run.await_checkpoint(pid, fault.after(newest, last)):
+        if run.await_checkpoint(pid, fault.after(newest, every, last)):
             time.sleep(rng.uniform(0, fault.longest))
         code, seconds = strike(run, pid, fault, rng)
         said, killed = run.said(), fault.signals == (signal.SIGKILL,)
