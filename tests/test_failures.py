@@ -1,14 +1,17 @@
 """What can go wrong in a run, each caused here: what is said, what is kept, how it goes on."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
+import os
 import resource
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +32,16 @@ from ddpm_jax import runs
 from ddpm_jax.data import Batches
 from ddpm_jax.data.records import ReadError
 from ddpm_jax.training import goodput
-from ddpm_jax.training.checkpoints import Checkpoints
+from ddpm_jax.training.best import Best
+from ddpm_jax.training.checkpoints import CheckpointError, Checkpoints
 from ddpm_jax.training.job import initial_state, make_job
 from ddpm_jax.training.metrics import NonFiniteError, Window
 from ddpm_jax.training.step import train_step
+
+def three_floats():
+    """The shape of what the smallest checkpoints here hold."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return {"w": jax.ShapeDtypeStruct((3,), "float32", sharding=device)}
 
 
 def make_a_batch_fail(monkeypatch, steps):
@@ -147,6 +156,63 @@ def test_the_newest_and_those_at_multiples_are_kept(tmp_path):
     checkpoints.wait()
     assert checkpoints.steps() == [70, 60, 40, 20]
     checkpoints.close()
+
+
+def test_notes_are_those_of_the_moment_however_long_the_disk_takes(tmp_path, monkeypatch):
+    """Orbax writes them in the background, when the run has gone on."""
+    making = os.mkdir
+
+    def slowly(path, *rest, **more):
+        if "orbax-checkpoint-tmp" in str(path):
+            time.sleep(0.3)
+        making(path, *rest, **more)
+
+    checkpoints, notes = Checkpoints(epath.Path(tmp_path)), {"window": {"steps": 1}}
+    monkeypatch.setattr(os, "mkdir", slowly)
+    checkpoints.save(1, {"w": jnp.ones(3)}, notes)
+    notes["window"]["steps"] = 2
+    checkpoints.wait()
+    found, reason = checkpoints.attempt(1, three_floats())
+    checkpoints.close()
+    assert reason is None and found[1] == {"window": {"steps": 1}}
+
+
+def test_damaged_ones_do_not_take_the_places_of_whole_ones(tmp_path):
+    def save(checkpoints, *steps):
+        for step in steps:
+            checkpoints.save(step, {"w": jnp.full(3, float(step))}, {})
+        checkpoints.wait()
+        checkpoints.close()
+
+    save(Checkpoints(epath.Path(tmp_path), keep=3), 10, 20, 30)
+    for step in (20, 30):
+        (tmp_path / str(step) / "meta/metadata").write_text("{}")
+    (tmp_path / "20.damaged").mkdir()  # Of an earlier time.
+    again = Checkpoints(epath.Path(tmp_path), keep=3, sweep=True)
+    assert again.restore(three_floats())[1] == 10
+    save(again, 15, 20)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"10", "15", "20", "20.damaged", "20.damaged1", "30.damaged"}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_best_checkpoint_is_one_when_it_is_there(tmp_path, full_disk):
+    best, params = Best(tmp_path, "fid"), {"w": jnp.ones(3)}
+    best.save(20, params, 5.0, "p")
+    best.wait()
+    full_disk.fill(100)
+    with pytest.raises(CheckpointError):
+        best.save(10, params, 3.0, "p")  # Of a later life.
+        best.wait()
+    full_disk.empty()
+    assert (tmp_path / "fid/20.beaten").is_dir()  # Nothing is lost.
+    assert best.beaten_by(4.0, "lower", "p")
+    with contextlib.suppress(CheckpointError):  # What is left to say of the failure.
+        best.wait()
+    best.save(30, params, 4.0, "p")
+    best.wait()
+    best.close()
+    assert not Best(tmp_path, "fid").beaten_by(4.5, "lower", "p")
 
 
 def test_what_was_never_whole_is_removed_by_who_trains_and_by_nobody_else(tmp_path):
@@ -374,8 +440,6 @@ def test_steps_done_twice_are_lost():
 
 @pytest.mark.slow
 def test_after_a_kill_the_parts_add_up_to_the_wall_time(tmp_path):
-    import time
-
     settings = {"train__steps": 1200, "train__checkpoint_every": 100, "train__log_every": 10}
     began = time.monotonic()
     process = start(arguments(tmp_path, **settings))
@@ -387,10 +451,11 @@ def test_after_a_kill_the_parts_add_up_to_the_wall_time(tmp_path):
     wall = time.monotonic() - began
     began = time.monotonic()
     process = start(arguments(tmp_path, **settings))
-    out, errors = process.communicate(timeout=120)
+    last = next(line for line in process.stdout if line.startswith("time:"))
     wall += time.monotonic() - began
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert "over 2 starts" in out
+    assert "over 2 starts" in last
     content = json.loads((tmp_path / "goodput.json").read_text())
     assert [life["ended"] for life in content["lives"]] == ["", "done"]
     assert sum(content["total"].values()) == pytest.approx(wall, rel=0.05)

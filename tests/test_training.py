@@ -1,5 +1,6 @@
 """Whole runs: what they leave behind, going on to the bit, and what can go wrong."""
 
+import json
 import re
 import socket
 
@@ -118,14 +119,40 @@ def test_a_finished_run_has_nothing_left_to_do(whole, capsys):
     assert_equal_states(before, final_state(whole)[0])
 
 
-def start_hosts(workdir, mode="train", **overrides):
+# The second host cannot write the checkpoint of step 10, and is slow to read its images.
+FULL = """
+import resource, signal, sys, time
+from ddpm_jax.data import Batches
+from ddpm_jax.main import main
+from ddpm_jax.training.checkpoints import Checkpoints
+
+save, call = Checkpoints.save, Batches.__call__
+
+def saving(self, step, *rest):
+    if step == 10:
+        self.wait()
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+    save(self, step, *rest)
+
+def slowly(self, step):
+    time.sleep(0.2)
+    return call(self, step)
+
+if "--process_id=1" in sys.argv:
+    Checkpoints.save, Batches.__call__ = saving, slowly
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def start_hosts(workdir, mode="train", code=None, **overrides):
     """Two processes over loopback, with two devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     argv = arguments(workdir, mode=mode, **overrides)
     hosts = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
-    return [start([*argv, *hosts, f"--process_id={k}"], devices=2) for k in range(2)]
+    return [start([*argv, *hosts, f"--process_id={k}"], 2, code) for k in range(2)]
 
 
 @pytest.mark.slow
@@ -149,6 +176,20 @@ def test_two_hosts_train_and_sample_as_one(whole, tmp_path):
         - generation.load_images(whole / "samples" / path.name)[0]
     )
     assert difference.max() <= 2 and (difference > 0).mean() < 0.05
+
+
+@pytest.mark.slow
+def test_a_host_that_cannot_save_ends_both_and_the_slow_one_is_named(tmp_path):
+    settings = {"train__checkpoint_every": 5, "parallel__mode": "fsdp"}
+    processes = start_hosts(tmp_path / "run", code=FULL, **settings)
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], outputs
+    wanted = f"cannot write a checkpoint under {tmp_path}/run/checkpoints ("
+    assert f"error: {wanted}" in outputs[1][1]
+    assert re.search(rf"process 1 on \S+ has stopped: {re.escape(wanted)}", outputs[0][1])
+    assert final_state(tmp_path / "run")[1] == 5
+    record = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
+    assert record["time/input_max_host"] == 1 and record["time/input_max"] > 0.5
 
 
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused(tmp_path):

@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import shutil
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -64,12 +65,31 @@ class Checkpoints:
             every = ocp.checkpoint_managers.EveryNSteps(keep_every)
             policy = ocp.checkpoint_managers.AnyPreservationPolicy([policy, every])
         self._sweep()
+        self._failure: BaseException | None = None  # Of this host's part of a save.
+        hosts = {}
+        if jax.process_count() > 1:
+            self._meet = ocp.multihost.get_barrier_sync_fn()
+            hosts["async_options"] = ocp.AsyncOptions(barrier_sync_fn=self._meet_others)
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy, step_prefix=None, enable_async_checkpointing=True
+                preservation_policy=policy,
+                step_prefix=None,
+                enable_async_checkpointing=True,
+                **hosts,
             ),
         )
+
+    def _meet_others(self, *, key: str, timeout_ms: int) -> None:
+        """Orbax's barrier in the background, to which no host comes that has failed.
+
+        It would wait there for the others, and these for it, and nobody would hear of the failure.
+        """
+        failure = sys.exc_info()[1]  # Orbax meets the others on its way out, too.
+        if failure is not None:
+            self._failure = failure
+            raise failure
+        self._meet(key=key, timeout_ms=timeout_ms)
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints on the disk, newest first, whole or not."""
@@ -150,12 +170,14 @@ class Checkpoints:
 
     def _in_progress(self) -> bool:
         """Whether a save goes on; raises whatever has gone wrong in this host's part of it."""
-        self._manager.check_for_errors()
+        if self._failure is not None:
+            raise self._failure
         return self._manager.is_saving_in_progress()
 
     def close(self) -> None:
         """Lets go of the directory, without a word about failures: call `wait` first."""
-        self._manager.close()
+        with contextlib.suppress(Exception):  # Of saves that failed, and were heard of.
+            self._manager.close()
 
     def restore(
         self,
