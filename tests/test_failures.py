@@ -38,6 +38,7 @@ from ddpm_jax.training.job import initial_state, make_job
 from ddpm_jax.training.metrics import NonFiniteError, Window
 from ddpm_jax.training.step import train_step
 
+
 def three_floats():
     """The shape of what the smallest checkpoints here hold."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -158,15 +158,19 @@ class Checkpoints:
         """
         saving, self.saving = self.saving, False
         with _write_errors(self._directory):
-            try:
-                # Of several hosts one that fails leaves the others waiting for it, and it for them.
-                while saving and jax.process_count() > 1 and self._in_progress():
-                    time.sleep(0.05)
-                self._manager.wait_until_finished()
-            except BaseException:
-                if saving:
-                    self._manager.reload()  # Else it believes that the step is there.
-                raise
+            # Of several hosts one that fails leaves the others waiting for it, and it for them.
+            while saving and jax.process_count() > 1 and self._in_progress():
+                time.sleep(0.05)
+            problems = []
+            # Both, or what is left of a failure would be the next save's.
+            for settled in (self._manager.wait_until_finished, self._manager.check_for_errors):
+                try:
+                    settled()
+                except Exception as error:
+                    problems.append(error)
+            if problems:
+                self._manager.reload()  # Else it believes that the step is there.
+                raise problems[0]
 
     def _in_progress(self) -> bool:
         """Whether a save goes on; raises whatever has gone wrong in this host's part of it."""
