@@ -64,6 +64,11 @@ def first_state():
     return jax.tree.map(to_host, jax.jit(initial_state(job.config, job.task))(0))
 
 
+def placed(job):
+    """The same, where a run's state lies."""
+    return jax.tree.map(from_host, first_state(), job.sharding)
+
+
 def trained(job, call, state, marks):
     """After each of `marks` steps, the losses of all so far and the state: `call`'s run."""
     per_call, losses = job.config.train.steps_per_call, []
@@ -117,7 +122,8 @@ def shaken_call(call, rng, carried, images):
     seed, state = carried
 
     def moved(x):
-        return np.nextafter(x, rng.choice([np.float32(-np.inf), np.float32(np.inf)], x.shape))
+        up = rng.choice(np.float32([-np.inf, np.inf]), x.shape)
+        return jax.device_put(np.nextafter(x, up), x.sharding)
 
     params = jax.tree.map(moved, state.params)
     return call((seed, dataclasses.replace(state, params=params)), images)
@@ -129,29 +135,19 @@ def run_layouts(directory, marks, whole, names):
         job, call = made(name)
         if name in whole:
             first = jax.jit(initial_state(job.config, job.task), out_shardings=job.sharding)(0)
-            save_run(
-                directory,
-                name,
-                job,
-                call,
-                marks,
-                first,
-                evaluator(job.layout.num_devices, job.layout.mode),
-            )
+            evaluate = evaluator(job.layout.num_devices, job.layout.mode)
+            save_run(directory, name, job, call, marks, first, evaluate)
         else:
-            first = jax.tree.map(from_host, first_state(), job.sharding)
-            save_run(directory, name, job, call, marks, first)
+            save_run(directory, name, job, call, marks, placed(job))
 
 
 def run_on_one_host(directory, whole, *names):
     """In a process of its own: `run_layouts`, and the shaken runs on one device."""
     run_layouts(directory, (EARLY, STEPS), whole.split(","), names)
-    job, call = made("1_jit_1")
+    (job, call), evaluate = made("1_jit_1"), evaluator(1, "jit")
     for i, name in enumerate(SHAKEN):
         by_chance = functools.partial(shaken_call, call, np.random.default_rng(i))
-        save_run(
-            directory, name, job, by_chance, (EARLY, STEPS), first_state(), evaluator(1, "jit")
-        )
+        save_run(directory, name, job, by_chance, (EARLY, STEPS), placed(job), evaluate)
 
 
 def run_on_hosts(directory, steps, whole, port, count, index, *names):
