@@ -74,6 +74,8 @@ class Watch:
         """Whether to stop now; every host must ask equally often."""
         if self._outer is not None:
             return self._outer.asked()
+        if self._signals > 1:  # It was raised where nobody lets it through, as in a callback.
+            raise KeyboardInterrupt
         self._asked_at = time.monotonic()
         of_all = session.current()
         return of_all.asked(self._signals > 0) if of_all else self._signals > 0

@@ -58,6 +58,25 @@ with Watch() as watch:
     assert (process.returncode, out) == (0, "ctrl-c\n"), errors
 
 
+def test_a_second_signal_that_something_has_swallowed_counts_all_the_same():
+    code = """
+import signal
+with Watch() as watch:
+    print("up", flush=True)
+    signal.raise_signal(signal.SIGTERM)
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except KeyboardInterrupt:
+        pass  # As what is raised in a callback of C.
+    try:
+        watch.asked()
+    except KeyboardInterrupt:
+        print("ctrl-c", flush=True)
+"""
+    out, errors = started(code).communicate(timeout=PATIENCE)
+    assert out == "ctrl-c\n", errors
+
+
 def test_sigterm_is_ctrl_c_where_nobody_watches():
     code = """
 with sigterm_as_ctrl_c():
