@@ -287,4 +287,9 @@ def use_compilation_cache() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(started=goodput.process_start()))
+    exit_code = main(started=goodput.process_start())
+    if exit_code and session.current() is None:  # Threads of what was broken off have much to say.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)
