@@ -162,10 +162,3 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def end_with(code: int) -> int:
-    """The exit code, which no signal changes any more: Python's own end takes a second or two."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    return code

@@ -226,6 +226,7 @@ class Checkpoints:
         try:
             read = self._read(step, abstract)
         except Exception as error:  # Orbax raises whatever its layers happen to raise.
+            _raise_interrupts(error)
             reason = _first_line(error)
         reason = _anybodys(step, reason)
         if reason is None:  # All have it: now it can be looked at together.
@@ -319,6 +320,15 @@ def _anybodys(step: int, reason: str | None) -> str | None:
     return None
 
 
+def _raise_interrupts(error: BaseException) -> None:
+    """Raises the KeyboardInterrupt that an error comes from: Orbax makes others of it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        cause = cause.__cause__ or cause.__context__
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [repr(error)])[0][:200]
 
@@ -328,6 +338,7 @@ def _write_errors(directory: epath.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # As above.
+        _raise_interrupts(error)
         raise CheckpointError(
             f"cannot write a checkpoint under {directory}{_free(directory)}: {_first_line(error)}"
         ) from error
