@@ -7,6 +7,7 @@ from: no device was touched there.
 import json
 import os
 import pathlib
+import runpy
 import signal
 import subprocess
 import sys
@@ -35,7 +36,9 @@ class Nursery:
     def _ask(self, **request):
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        answer = self._process.stdout.readline()
+        assert answer, f"no life begins any more: {self._process.wait()}"
+        return json.loads(answer)
 
     def start(self, argv, log, devices=1, cache=None):
         """The process id of a new life.
@@ -76,8 +79,8 @@ class Nursery:
 
 
 def serve():
-    """Answers requests, a line of JSON each; returns a life's exit code in the life itself."""
-    from ddpm_jax import main
+    """Answers requests, a line of JSON each; in the life itself, returns what it shall be."""
+    from ddpm_jax import main  # noqa: F401 (which imports all the rest)
 
     # What was begun in the background has none.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -86,30 +89,33 @@ def serve():
         if "argv" in request:
             answer = os.fork()
             if not answer:
-                return live(main, **request)
+                return request
         else:
             answer = wait(**request)
         print(json.dumps(answer), flush=True)
-    return 0
+    return None
 
 
-def live(main, argv, log, devices, cache):
-    """A run of the program, as if begun here."""
+def live(argv, log, devices, cache):
+    """The program itself, from here to its end."""
     import jax
 
-    from ddpm_jax import interruption
-
-    began = time.monotonic()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for standard in (1, 2):
         os.dup2(descriptor, standard)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    update = jax.config.update
+
+    def updated(name, value):
+        # However quickly a program was compiled, the next life need not do it again.
+        update(name, 0.0 if name == "jax_persistent_cache_min_compile_time_secs" else value)
+
+    jax.config.update = updated
     jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_compilation_cache_dir", cache)
-    # However quickly a program was compiled, the next life need not do it again.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    main.use_compilation_cache = lambda: None
-    return interruption.end_with(main.main(argv, began))
+    sys.argv[1:] = argv
+    del sys.modules["ddpm_jax.main"]
+    runpy.run_module("ddpm_jax.main", run_name="__main__", alter_sys=True)
 
 
 def wait(pid, seconds):
@@ -125,4 +131,5 @@ def wait(pid, seconds):
 
 
 if __name__ == "__main__":
-    sys.exit(serve())
+    if life := serve():
+        live(**life)

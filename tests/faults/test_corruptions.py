@@ -298,3 +298,18 @@ def test_no_whole_checkpoint_is_said_in_a_line(sound, tmp_path, tally, kind):
     )
     assert len(said) == 3
     assert contents(top) == before
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_second_signal_while_reading_is_not_taken_for_damage(sound, monkeypatch):
+    """Orbax makes an ordinary error of the KeyboardInterrupt."""
+    from orbax.checkpoint._src.serialization import serialization
+
+    async def interrupted(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serialization, "_read_shard", interrupted)
+    said = []
+    with pytest.raises(KeyboardInterrupt):
+        restored(sound, sound.path, said.append)
+    assert not said
