@@ -47,9 +47,11 @@ def pytest_terminal_summary(terminalreporter):
     """What the fault tests have tried, and what was lost."""
     counts, failures = {}, 0
     for report in [r for rs in terminalreporter.stats.values() for r in rs]:
+        if "tests/faults/" not in getattr(report, "nodeid", ""):
+            continue
+        failures += getattr(report, "failed", False)
         for name, found in getattr(report, "user_properties", ()):
             if name == "faults" and report.when == "call":
-                failures += report.failed
                 for what, number in found.items():
                     counts[what] = counts.get(what, 0) + number
     if not counts:
