@@ -523,7 +523,7 @@ def test_wrong_requests_are_refused_in_a_line_before_any_work(run, flags, messag
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused_before_any_work(run, monkeypatch, capsys):
-    monkeypatch.setattr(job, "make_layout", lambda mode: types.SimpleNamespace(num_devices=3))
+    monkeypatch.setattr(job, "make_layout", lambda *_: types.SimpleNamespace(num_devices=3))
     assert figure(run) == 2
     out = capsys.readouterr()
     assert "train.batch_size=8 does not divide by 3: 3 devices" in out.err and not out.out
