@@ -21,8 +21,15 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ[OURS]
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--long", action="store_true", help="the long forms of the layout and fault tests"
+        "--long", action="store_true", help="also tests marked long, and others in their long form"
     )
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="needs --long"))
 
 
 def pytest_unconfigure(config):

@@ -440,7 +440,7 @@ def test_hosts_that_fall_silent_are_named_and_end_the_others():
     processes[2].kill()
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_an_error_on_one_host_ends_the_others_with_its_reason(failing):
     codes, errors = ended(start_hosts(2, 60, f"fail{failing}"))
     assert codes == [1, 1], errors
@@ -449,6 +449,7 @@ def test_an_error_on_one_host_ends_the_others_with_its_reason(failing):
     assert "Traceback" in errors[failing] and "a cable is loose" in errors[failing]
 
 
+@pytest.mark.long
 def test_process_0_that_freezes_is_named_and_one_that_is_killed_ends_the_others():
     processes = start_hosts(2, 4)
     os.kill(processes[0].pid, signal.SIGSTOP)

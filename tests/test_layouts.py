@@ -230,7 +230,7 @@ def test_rounding_alone_moves_little(runs):
             assert distance <= (1 if array == "samples" else 1e-4), (name, array, distance)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_several_hosts_give_the_numbers_of_one_device(request, runs, tmp_path, hosts):
     """Of two devices each; in the long form fsdp's also evaluate."""
     names, steps, whole = [f"{2 * hosts}_pmap_1"], EARLY, ""

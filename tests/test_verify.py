@@ -157,7 +157,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_layout_is_compared_and_a_forgotten_mean_found(run):
     """On two devices, of which pmap's go by their own gradients."""
     process = start([f"--workdir={run}", "--mode=verify"], devices=2, code=WITHOUT_MEAN)
