@@ -121,7 +121,7 @@ def test_evaluation_changes_nothing_of_the_training(trained, tmp_path):
     assert_equal_states(final_state(trained)[0], final_state(tmp_path / "run")[0])
 
 
-@pytest.mark.parametrize("at_step", [10, 20])
+@pytest.mark.parametrize("at_step", [pytest.param(10, marks=pytest.mark.long), 20])
 def test_a_signal_during_evaluation_loses_nothing(trained, tmp_path, monkeypatch, at_step):
     original, hit = files.replace, []
 

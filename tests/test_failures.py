@@ -439,7 +439,7 @@ def test_steps_done_twice_are_lost():
     assert sum(seconds.values()) == pytest.approx(sum(life.wall for life in lives))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_after_a_kill_the_parts_add_up_to_the_wall_time(tmp_path):
     settings = {"train__steps": 1200, "train__checkpoint_every": 100, "train__log_every": 10}
     began = time.monotonic()

@@ -195,7 +195,7 @@ def numbers(text):
     return [{k: v for k, v in record.items() if not k.startswith(CLOCKS)} for record in records]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_in_a_bucket_is_killed_and_goes_on_to_the_bit(bucket, tmp_path):
     first = run_of("gs://bkt/run ü", train__steps=100_000)
     deadline = time.monotonic() + 120

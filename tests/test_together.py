@@ -435,7 +435,7 @@ def test_what_is_evaluated_afterwards(unrolled, tmp_path, monkeypatch, capsys):
     assert {path.name for path in after if after[path] != before.get(path)} <= STARTS
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_each_seed_is_evaluated_as_alone_also_after_a_signal(tmp_path, monkeypatch):
     settings = EVALUATION | {"evaluation__cache_dir": tmp_path / "cache"}
     for seed in SEEDS[:2]:
