@@ -287,8 +287,8 @@ def test_or_it_goes_on_and_saves_when_it_can(tmp_path, capsys, monkeypatch, full
     said = capsys.readouterr().out
     assert "cannot write a checkpoint under" in said
     assert "the training goes on (train.write_errors=continue)" in said
-    steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]*"))
-    assert steps == [5, 15, 20]
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert {"5", "15", "20"} <= names and "10" not in names
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

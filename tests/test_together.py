@@ -9,6 +9,7 @@ import os
 import pathlib
 import shutil
 import signal
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ from ddpm_jax.data import nbytes, open_source, pipeline
 from ddpm_jax.interruption import Interrupted
 from ddpm_jax.main import main
 from ddpm_jax.parallel import compile_call
+from ddpm_jax.training import checkpoints as checkpoints_module
 from ddpm_jax.training import lane as lane_module
 from ddpm_jax.training import together
 from ddpm_jax.training.checkpoints import Checkpoints
@@ -357,7 +359,9 @@ def poison(workdir):
     state, step, notes = checkpoints.restore(make_job(directory.load_config()).abstract)
     state.params["conv_out"]["bias"] = state.params["conv_out"]["bias"].at[0].set(jnp.inf)
     checkpoints.set_aside([step], "sound")
-    checkpoints.save(step, dataclasses.replace(state), notes)
+    checked = checkpoints_module._checksums
+    with mock.patch.object(checkpoints_module, "_checksums", lambda x, finite=False: checked(x)):
+        checkpoints.save(step, dataclasses.replace(state), notes)
     checkpoints.wait()
     checkpoints.close()
     return step
