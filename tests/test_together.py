@@ -367,6 +367,7 @@ def poison(workdir):
     return step
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("form", "every", "seeds"),
     [
