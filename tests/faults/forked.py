@@ -4,6 +4,7 @@ A start then costs what the run's own start does. Nothing of JAX is awake where 
 from: no device was touched there.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -34,10 +35,12 @@ class Nursery:
         self._alive, self._codes = set(), {}
 
     def _ask(self, **request):
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        assert answer, f"no life begins any more: {self._process.wait()}"
+        answer = ""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        assert answer, f"somebody has ended the nursery: {self._process.wait()}"
         return json.loads(answer)
 
     def start(self, argv, log, devices=1, cache=None):
@@ -72,9 +75,11 @@ class Nursery:
 
     def close(self):
         """Ends all."""
-        for pid in self._alive:
-            os.kill(pid, signal.SIGKILL)
-        self._process.stdin.close()
+        if self._process.poll() is None:  # Else they may be others' processes by now.
+            for pid in self._alive:
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
 
 
