@@ -367,7 +367,6 @@ def poison(workdir):
     return step
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("form", "every", "seeds"),
     [
