@@ -53,6 +53,7 @@ setup(
             "submitit>=1.5",
             "tensorboard>=2.18",
         ],
+        "benchmark": ["denoising-diffusion-pytorch>=2.2", "diffusers>=0.35", "torch>=2.9"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "gcs": ["gcsfs>=2024.6"],
         "parity": ["diffusers>=0.35", "torch>=2.9"],

@@ -25,7 +25,26 @@ def pytest_addoption(parser):
     )
 
 
+# Files that take longest, dealt out first: one process would sit over the last of them alone.
+FIRST = (
+    "test_together",
+    "test_training",
+    "test_failures",
+    "test_layouts",
+    "test_hosts",
+    "test_autoregressive",
+    "test_sweep",
+)
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist's: files with most tests first.
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(config, items):
+    rank = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(FIRST)))
     if not config.getoption("--long"):
         for item in items:
             if item.get_closest_marker("long"):

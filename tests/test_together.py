@@ -267,7 +267,7 @@ def signal_after(monkeypatch, owner, name, wanted):
     return hit
 
 
-@pytest.mark.parametrize("form", ["unrolled", pytest.param("vmap", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", ["unrolled", pytest.param("vmap", marks=pytest.mark.long)])
 def test_a_signal_stops_all_and_the_same_command_goes_on_to_the_bit(
     request, tmp_path, monkeypatch, capsys, form
 ):
@@ -371,7 +371,7 @@ def poison(workdir):
     ("form", "every", "seeds"),
     [
         ("unrolled", 1, SEEDS),
-        pytest.param("vmap", 10, SEEDS, marks=pytest.mark.slow),
+        pytest.param("vmap", 10, SEEDS, marks=pytest.mark.long),
     ],
 )
 def test_a_seed_whose_loss_is_not_finite_stops_and_the_others_finish(

@@ -1,0 +1,143 @@
+"""Speed: this codebase and its peers, side by side in one run, on this machine.
+
+    python -m experiments.speed
+    python -m experiments.speed --only=train,sample --networks=digits --rounds=9
+    python -m experiments.speed --only=train --contestants=ours,diffusers --out=runs/speed
+
+`train` and `sample` are seconds a step, `chain` is a whole chain of a batch, `start` the time from
+the shell to the first step of a training by the command line. Contestants run in processes of their
+own, in turn (A B C, B C A, …), and are stopped while others are measured; ratios are those of a
+round. All of one network must have equal parameters, and equal losses at equal weights and inputs,
+but `lucidrains` (denoising-diffusion-pytorch as published), which is another network.
+Peers: pip install 'ddpm_jax[benchmark]'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from etils import epath
+
+from ddpm_jax import files
+from ddpm_jax.config import RequestError
+from ddpm_jax.main import Parser, reported
+from experiments.speeding import contest, page
+from experiments.speeding.contest import OURS
+from experiments.speeding.workloads import NETWORKS, Workload
+
+CONTESTS = ("train", "sample", "chain")
+PARTS = (*CONTESTS, "start")
+
+
+def default_backend() -> str:
+    """The platform that JAX would take, without taking it in this process."""
+    command = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+
+
+def hardware() -> dict[str, Any]:
+    """The machine's processor, cores and system."""
+    path = pathlib.Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def measure(
+    parts: Sequence[str],
+    networks: Sequence[str],
+    names: Sequence[str],
+    rounds: int,
+    on_accelerator: bool,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """All that was asked for, as JSON can say it."""
+    found: dict[str, Any] = {"hardware": hardware(), "networks": {}}
+    for network in networks:
+        workload = Workload(network, NETWORKS[network][2 if on_accelerator else 1])
+        asked = [part for part in parts if part in CONTESTS]
+        # A chain of the paper's network takes ten minutes and more on CPUs.
+        if "chain" in asked and len(parts) > 1 and network != "digits" and not on_accelerator:
+            asked.remove("chain")
+        if asked:
+            results, flops = contest.compete(workload, names, asked, rounds, say)
+            found["networks"][network] = {
+                "batch": workload.batch,
+                "flops": flops,
+                "contestants": [vars(result) for result in results],
+            }
+    if "start" in parts:
+        from experiments.speeding import starts
+
+        found["start"] = {network: starts.measure(network, say) for network in networks}
+    return found
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+      RequestError: something that is unknown.
+    """
+    parser = Parser(
+        prog="python -m experiments.speed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, comma-separated")
+    parser.add_argument("--networks", default=",".join(NETWORKS), help="comma-separated")
+    parser.add_argument("--contestants", default="", help="comma-separated; ours goes first")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", default="runs/speed", help="the directory of the results")
+    flags = parser.parse_args(argv)
+    for name, known in (("only", PARTS), ("networks", tuple(NETWORKS))):
+        chosen = getattr(flags, name).split(",")
+        setattr(flags, name, chosen)
+        if unknown := [one for one in chosen if one not in known]:
+            raise RequestError(f"--{name}={unknown[0]}: choose from {', '.join(known)}")
+    if flags.rounds < 1:
+        raise RequestError(f"--rounds={flags.rounds}: at least 1")
+    return flags
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, prints and writes the tables; returns the exit code."""
+
+    def whole() -> int:
+        flags = parse(argv)
+        on_accelerator = default_backend() != "cpu"
+        names = flags.contestants.split(",") if flags.contestants else []
+        names = names or contest.contestants(on_accelerator)
+        if not names[0].startswith(OURS):
+            raise RequestError("--contestants: ours goes first")
+
+        def say(line: str) -> None:
+            print(line, flush=True)
+
+        found = measure(flags.only, flags.networks, names, flags.rounds, on_accelerator, say)
+        text = page.tables(found)
+        say(f"\n{text}")
+        directory = epath.Path(flags.out)
+        directory.mkdir(parents=True, exist_ok=True)
+        files.replace(directory / "speed.json", json.dumps(found, indent=1) + "\n")
+        files.replace(directory / "speed.md", text)
+        return 0
+
+    return reported(whole)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

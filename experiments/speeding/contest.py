@@ -1,0 +1,226 @@
+"""Contestants side by side: each in a process of its own, measured in turn, compared in pairs."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ddpm_jax import config as config_lib
+from ddpm_jax.runs import image_shape
+from experiments.speeding.server import Worker, WorkerError
+from experiments.speeding.workloads import Workload
+
+OURS = "ours"
+SECONDS = 5.0  # Of a contestant in a round.
+CHAIN = 10  # Steps of the chain by which a sampling step is timed.
+MATRIX = 2048
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # Of losses at equal weights and inputs.
+
+
+def contestants(on_accelerator: bool) -> tuple[str, ...]:
+    """The names of those that are measured unless others are asked for, ours first."""
+    if on_accelerator:
+        fast = "+channels_last+bf16"
+        return ("ours+bf16", OURS, f"diffusers{fast}", f"diffusers+compile{fast}", "lucidrains")
+    return OURS, "diffusers", "diffusers+compile", "diffusers+channels_last+bf16", "lucidrains"
+
+
+def dtype_of(name: str) -> str:
+    """A contestant's dtype of computation."""
+    return "bfloat16" if "bf16" in name.split("+") else "float32"
+
+
+def start(name: str, workload: Workload, cache: pathlib.Path) -> Worker:
+    """The contestant's process.
+
+    Args:
+      cache: where its compiler keeps what it has compiled.
+    """
+    kind, *_ = name.split("+")
+    if kind == OURS:
+        workload = dataclasses.replace(workload, dtype=dtype_of(name))
+        module, arguments = "experiments.speeding.ours", [workload.to_json()]
+    else:
+        module, arguments = "experiments.speeding.torch_peers", [name, workload.to_json()]
+    environment = {
+        "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "torch"),
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # Several share an accelerator.
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+    }
+    return Worker(module, arguments, environment)
+
+
+@dataclasses.dataclass
+class Result:
+    """What was measured of a contestant; seconds a step, one a round.
+
+    Attributes:
+      cold, warm: seconds from the start of the process to the end of its first training step,
+        with nothing compiled before and with all of it.
+      memory: bytes, at most, through training; `loss` at the weights and inputs that all share.
+    """
+
+    name: str
+    about: dict[str, Any]
+    loss: float | None
+    cold: float
+    warm: float
+    memory: int = 0
+    train: list[float] = dataclasses.field(default_factory=list)
+    sample: list[float] = dataclasses.field(default_factory=list)
+    chain: list[float] = dataclasses.field(default_factory=list)
+    evaluate: list[float] = dataclasses.field(default_factory=list)
+    matrix: list[float] = dataclasses.field(default_factory=list)
+
+
+class DifferentWorkError(RuntimeError):
+    """A contestant computes something else, so that times do not compare."""
+
+
+def compete(
+    workload: Workload,
+    names: Sequence[str],
+    what: Iterable[str],
+    rounds: int,
+    say: Callable[[str], None],
+) -> tuple[list[Result], dict[str, float]]:
+    """Measures contestants in turn, in another order each round.
+
+    Args:
+      names: of contestants, ours among them.
+      what: of train, sample, chain.
+      say: prints a line; contestants that cannot run are named, and left out.
+    Returns:
+      The results, and our work's FLOPs of a training and a sampling step.
+    Raises:
+      DifferentWorkError: losses at equal weights and inputs differ.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        place = pathlib.Path(directory)
+        workers, results, flops = {}, {}, {}
+        try:
+            for name in names:
+                try:
+                    workers[name], results[name] = _started(name, workload, place, say)
+                except WorkerError as error:
+                    say(f"{name}: cannot run: {error}")
+                    continue
+                if name.startswith(OURS) and not flops:
+                    flops = workers[name].ask("flops")
+                one = results[name]
+                say(f"{name}: first step after {one.cold:.1f} s, then {one.warm:.1f} s")
+            check_equal_work(results.values())
+            for job in what:
+                _rounds(job, workload, workers, results, rounds, say)
+        finally:
+            for worker in workers.values():
+                worker.close()
+    return list(results.values()), flops
+
+
+def _started(
+    name: str, workload: Workload, place: pathlib.Path, say: Callable[[str], None]
+) -> tuple[Worker, Result]:
+    cache = place / "cache" / name
+    seconds = []
+    for _ in range(2):  # The second finds compiled what the first has compiled.
+        worker = start(name, workload, cache)
+        try:
+            worker.ask("train", steps=1)
+            seconds.append(worker.seconds)
+        except WorkerError:
+            worker.close()
+            raise
+        if len(seconds) == 1:
+            worker.close()
+    weights = place / "weights"
+    if not weights.exists() and name.startswith(OURS):
+        worker.ask("write_weights", directory=str(weights))
+        _write_inputs(weights, workload)
+    loss = worker.ask("loss", directory=str(weights)) if weights.exists() else None
+    return worker, Result(name, worker.ask("describe"), loss, *seconds)
+
+
+def _write_inputs(directory: pathlib.Path, workload: Workload) -> None:
+    config, draw = workload.config, np.random.default_rng(2)
+    shape = workload.batch, *image_shape(config)
+    np.savez(
+        directory / "inputs.npz",
+        images=draw.integers(0, 256, shape, np.uint8),
+        t=draw.integers(1, config.diffusion.num_steps + 1, workload.batch, np.int32),
+        noise=draw.standard_normal(shape, np.float32),
+    )
+
+
+def check_equal_work(results: Iterable[Result]) -> None:
+    """Checks losses and parameters of contestants that run the same network.
+
+    Raises:
+      DifferentWorkError: one of them differs from the first.
+    """
+    same = [one for one in results if one.loss is not None]
+    for one in same:
+        first = same[0]
+        bound = max(TOLERANCE[dtype_of(one.name)], TOLERANCE[dtype_of(first.name)])
+        sizes = [each.about["parameters"] for each in (one, first)]
+        if sizes[0] != sizes[1]:
+            raise DifferentWorkError(
+                f"{one.name} has {sizes[0]:,} parameters, {first.name} {sizes[1]:,}"
+            )
+        if not abs(one.loss - first.loss) <= bound * abs(first.loss):
+            raise DifferentWorkError(
+                f"at equal weights and inputs the loss of {one.name} is {one.loss:.7g}, that of "
+                f"{first.name} {first.loss:.7g}"
+            )
+
+
+def _rounds(
+    job: str,
+    workload: Workload,
+    workers: Mapping[str, Worker],
+    results: Mapping[str, Result],
+    rounds: int,
+    say: Callable[[str], None],
+) -> None:
+    """Fills in `results[…].job`; what else is timed goes with it."""
+    steps = {}
+    names = list(workers)
+    whole = config_lib.get(workload.config, "diffusion.num_steps")
+    for name in names:  # Compiled, and warmed up.
+        if job == "train":
+            one = workers[name].ask("train", steps=3)
+            steps[name] = max(1, round(SECONDS / one))
+        else:
+            steps[name] = CHAIN if job == "sample" else whole
+            ours = name.startswith(OURS)  # A chain of ours is one program, by its length.
+            workers[name].ask("sample", steps=steps[name] if ours else CHAIN)
+            if ours and job == "sample":
+                workers[name].ask("evaluate", steps=CHAIN)
+    for turn in range(rounds if job != "chain" else max(1, rounds // 3)):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            worker, result = workers[name], results[name]
+            if job == "train":
+                result.train.append(worker.ask("train", steps=steps[name]))
+                result.memory = worker.ask("memory")
+                result.matrix.append(worker.ask("matrix", n=MATRIX))
+            else:
+                getattr(result, job).append(worker.ask("sample", steps=steps[name]))
+                if name.startswith(OURS) and job == "sample":
+                    result.evaluate.append(worker.ask("evaluate", steps=CHAIN))
+        say(
+            f"{workload.network} {job}, round {turn + 1}: "
+            + ", ".join(f"{name} {getattr(results[name], job)[-1]:.4g} s" for name in names)
+        )
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
+    """ours / theirs of each round: median, smallest, largest."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)

@@ -1,0 +1,172 @@
+"""This codebase as a contestant: the very programs that training and sampling run.
+
+python -m experiments.speeding.ours WORKLOAD
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax import interop, keys, losses
+from ddpm_jax.data import to_float
+from ddpm_jax.generation import compile_sampler
+from ddpm_jax.main import use_compilation_cache
+from ddpm_jax.parallel import compile_call
+from ddpm_jax.runs import image_shape
+from ddpm_jax.training.check import step_flops
+from ddpm_jax.training.job import initial_state, make_job
+from ddpm_jax.training.step import seeded_call
+from experiments.speeding.server import peak_bytes, serve
+from experiments.speeding.workloads import Workload, matmul_flops
+
+
+class Ours:
+    """The programs of a workload, compiled when they are first asked for."""
+
+    def __init__(self, workload: Workload):
+        use_compilation_cache()
+        self.config = workload.config
+        self.job = make_job(self.config)
+        shape = (self.config.train.steps_per_call, workload.batch, *image_shape(self.config))
+        images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        self._images = jax.device_put(images, self.job.layout.split(1))
+        self._state = None
+        self._samplers: dict[int, Any] = {}
+
+    @functools.cached_property
+    def _program(self) -> Any:
+        seeded = self.job.layout.replicated, self.job.sharding
+        return compile_call(self.job.layout, functools.partial(seeded_call, self.job.task), seeded)
+
+    def _started(self) -> Any:
+        if self._state is None:
+            initial = initial_state(self.config, self.job.task)
+            quick = {"xla_backend_optimization_level": 0}
+            start = jax.jit(initial, out_shardings=self.job.sharding, compiler_options=quick)
+            self._state = start(np.int32(0))
+        return self._state
+
+    def describe(self) -> dict[str, Any]:
+        """What is run, and on what."""
+        device = jax.devices()[0]
+        leaves = jax.tree.leaves(self.job.abstract.params)
+        return {
+            "parameters": sum(leaf.size for leaf in leaves),
+            "versions": {"jax": jax.__version__},
+            "devices": f"{jax.device_count()} × {device.device_kind}",
+        }
+
+    def flops(self) -> dict[str, float]:
+        """Of a training step and of a pass through the network: by hand, and as XLA counts."""
+        batch, model = self.config.train.batch_size, self.job.task.model
+        x = jax.ShapeDtypeStruct((batch, *image_shape(self.config)), jnp.float32)
+        t = jax.ShapeDtypeStruct((batch,), jnp.int32)
+
+        def network(params: Any, x: jax.Array, t: jax.Array) -> jax.Array:
+            return model.apply({"params": params}, x, t)
+
+        once = matmul_flops(network, self.job.abstract.params, x, t)
+        return {"train": 3 * once, "sample": once, "train_xla": step_flops(self.job)}
+
+    def write_weights(self, directory: str) -> None:
+        """Random weights in diffusers' form, none of them zero."""
+        params = self._started().params
+        leaves, tree = jax.tree.flatten(params)
+        noise = np.random.default_rng(1)
+        moved = [x + 0.03 * noise.standard_normal(x.shape).astype(np.float32) for x in leaves]
+        params = jax.tree.unflatten(tree, moved)
+        interop.save_diffusers(directory, self.job.task.model, params, image_shape(self.config))
+
+    def loss(self, directory: str) -> float:
+        """L_simple without dropout, at these weights, of the images, t and noise of inputs.npz."""
+        model, params = interop.load_diffusers(directory)
+        inputs = np.load(f"{directory}/inputs.npz")
+        model = self.job.task.model
+        network = jax.jit(lambda p, x, t: model.apply({"params": p}, x, t))
+        process = self.job.task.process
+        denoise = functools.partial(network, params)
+        x0 = to_float(inputs["images"])
+        args = x0, inputs["t"], jnp.asarray(inputs["noise"]), "simple"
+        return float(losses.training_loss(process, denoise, *args).mean())
+
+    def train(self, steps: int) -> float:
+        """Seconds a training step, over at least so many."""
+        per_call = self.config.train.steps_per_call
+        calls = -(-steps // per_call)
+        state = self._started()
+        start = time.perf_counter()
+        for _ in range(calls):
+            (_, state), metrics = self._program((np.int32(0), state), self._images)
+        jax.block_until_ready(metrics)
+        self._state = state
+        return (time.perf_counter() - start) / (calls * per_call)
+
+    def sample(self, steps: int) -> float:
+        """Seconds a step of a chain of so many, ancestral."""
+        if steps not in self._samplers:
+            config = self.config.copy_and_resolve_references()
+            config.sample.steps = steps
+            task, params = self.job.task, self._started().params
+            shardings = jax.tree.map(lambda x: x.sharding, params)
+            sampler = compile_sampler(self.job.layout, task.process, task.model, config, shardings)
+            self._samplers[steps] = sampler
+        start = time.perf_counter()
+        drawn = self._samplers[steps](
+            self._started().params, jnp.arange(self.config.train.batch_size)
+        )
+        jax.block_until_ready(drawn)
+        return (time.perf_counter() - start) / steps
+
+    def evaluate(self, steps: int) -> float:
+        """Seconds a pass of the network alone, over so many in one loop of a program."""
+        model, shape = self.job.task.model, image_shape(self.config)
+        if not hasattr(self, "_passes"):
+
+            def passes(params: Any, x: jax.Array, times: jax.Array) -> jax.Array:
+                def body(x: jax.Array, t: jax.Array) -> tuple[jax.Array, None]:
+                    out = model.apply({"params": params}, x, jnp.full(x.shape[:1], t))
+                    return out[..., : x.shape[-1]], None
+
+                return jax.lax.scan(body, x, times)[0]
+
+            self._passes = jax.jit(passes)
+        batch = self.config.train.batch_size
+        x = keys.normal(keys.example_keys(0, "sample", 0, jnp.arange(batch)), 0, shape)
+        times = jnp.arange(steps, 0, -1)
+        start = time.perf_counter()
+        jax.block_until_ready(self._passes(self._started().params, x, times))
+        return (time.perf_counter() - start) / steps
+
+    def memory(self) -> int:
+        """The largest number of bytes held: on an accelerator its own, else the process's."""
+        found = jax.devices()[0].memory_stats()
+        return found["peak_bytes_in_use"] if found else peak_bytes()
+
+    def matrix(self, n: int) -> float:
+        """FLOP/s of a product of n × n matrices: the best of ten."""
+        a = jnp.ones((n, n), self.config.model.dtype)
+        dot = jax.jit(jnp.dot)
+        seconds = []
+        for _ in range(11):
+            start = time.perf_counter()
+            jax.block_until_ready(dot(a, a))
+            seconds.append(time.perf_counter() - start)
+        return 2 * n**3 / min(seconds[1:])
+
+
+def main() -> None:
+    """Serves the workload of the command line."""
+    ours = Ours(Workload.from_json(sys.argv[1]))
+    public = [name for name in vars(Ours) if not name.startswith("_")]
+    serve({name: getattr(ours, name) for name in public})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The measurements as Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments.speeding.contest import ratio
+
+
+def tables(found: Mapping[str, Any]) -> str:
+    """Every part of `experiments.speed`'s result, a table each."""
+    machine = found["hardware"]
+    lines = [f"{machine['processor']}, {machine['cores']} cores, Python {machine['python']}", ""]
+    for network, results in found["networks"].items():
+        lines += _contest(network, results)
+    if "start" in found:
+        lines += _starts(found["start"])
+    return "\n".join(lines)
+
+
+def _contest(network: str, results: Mapping[str, Any]) -> list[str]:
+    flops, contestants = results["flops"], results["contestants"]
+    ours = contestants[0]
+    jobs = [job for job in ("train", "sample", "chain") if ours[job]]
+    head = ["contestant", "parameters"]
+    for job in jobs:
+        head += [f"{job}, s", f"ours / this ({job})"]
+    head += ["GFLOP/s (of the matrix rate)"] if "train" in jobs else []
+    head += ["peak memory, GiB", "first step cold, s", "cached, s"]
+    rows = []
+    for one in contestants:
+        row = [one["name"], f"{one['about']['parameters']:,}"]
+        for job in jobs:
+            row += [_spread(one[job]), _ratio(ours[job], one[job])]
+        if "train" in jobs:
+            row.append(_rate(one, ours, flops["train"]))
+        row += [f"{one['memory'] / 2**30:.2f}", f"{one['cold']:.1f}", f"{one['warm']:.1f}"]
+        rows.append(row)
+    lines = [
+        f"**{network}**, batch {results['batch']}: {flops['train'] / 1e9:,.2f} GFLOP a "
+        f"training step by hand ({flops['train_xla'] / 1e9:,.2f} as XLA counts), "
+        f"{flops['sample'] / 1e9:,.2f} a sampling step",
+        "",
+    ]
+    lines += _table(head, rows)
+    if ours["evaluate"]:
+        over, low, high = ratio(ours["sample"], ours["evaluate"])
+        lines += [f"Sampling over the network alone: {over:.3f} × ({low:.3f}–{high:.3f}).", ""]
+    return lines
+
+
+def _rate(one: Mapping[str, Any], ours: Mapping[str, Any], flops: float) -> str:
+    if one["about"]["parameters"] != ours["about"]["parameters"]:
+        return ""
+    rate, matrix = flops / statistics.median(one["train"]), statistics.median(one["matrix"])
+    return f"{rate / 1e9:,.1f} ({rate / matrix:.0%} of {matrix / 1e9:,.0f})"
+
+
+def _starts(found: Mapping[str, Any]) -> list[str]:
+    rows = [[network, f"{one['cold']:.1f}", f"{one['warm']:.1f}"] for network, one in found.items()]
+    lines = ["From the shell to the first step of a training, s:", ""]
+    return lines + _table(["network", "nothing compiled before", "all in the cache"], rows)
+
+
+def _spread(seconds: Sequence[float]) -> str:
+    return f"{statistics.median(seconds):.4g} ({min(seconds):.4g}–{max(seconds):.4g})"
+
+
+def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    middle, low, high = ratio(ours, theirs)
+    return f"{middle:.2f} ({low:.2f}–{high:.2f})"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return [*(f"| {' | '.join(line)} |" for line in lines), ""]

@@ -1,0 +1,88 @@
+"""The work that all contestants do: networks of shipped configs, at the batch of the hardware."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+from typing import Any
+
+import jax
+import ml_collections
+
+from ddpm_jax import config as config_lib
+
+# Name → (config, batch on CPUs, batch on accelerators).
+NETWORKS = {
+    "digits": ("configs/digits.py", 64, 64),
+    "small": ("configs/cifar10.py:small", 64, 128),
+    "cifar10": ("configs/cifar10.py", 8, 128),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A network and a batch, in a form that a command line can carry.
+
+    Attributes:
+      network: of NETWORKS.
+      batch: images a training or sampling step.
+      dtype: of the computation.
+      overrides: (dotted key, text) that change the config, for cost curves.
+    """
+
+    network: str
+    batch: int
+    dtype: str = "float32"
+    overrides: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def config(self) -> ml_collections.ConfigDict:
+        """The config, with this batch and dtype."""
+        config = copy.deepcopy(config_lib.load_file(NETWORKS[self.network][0]))
+        config.train.batch_size = config.sample.batch_size = config.sample.count = self.batch
+        config.model.dtype = self.dtype
+        for key, value in self.overrides:
+            config_lib.override(config, key, value)
+        return config
+
+    def to_json(self) -> str:
+        """For `from_json`."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Workload:
+        """Of `to_json`'s text."""
+        content = json.loads(text)
+        content["overrides"] = tuple(map(tuple, content["overrides"]))
+        return cls(**content)
+
+
+def matmul_flops(function: Any, *arguments: Any) -> int:
+    """The floating-point operations of a function's convolutions and matrix products, by hand.
+
+    Two for each product that is summed, padding counted as values; nothing else is counted: the
+    useful work of a network, whatever the compiler makes of it. Loops count once.
+    """
+    return _flops_of(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _flops_of(jaxpr: Any) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        out = math.prod(equation.outvars[0].aval.shape)
+        if equation.primitive.name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            spec = equation.params["dimension_numbers"].rhs_spec
+            total += 2 * out * math.prod(kernel) // kernel[spec[0]]
+        elif equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += 2 * out * math.prod(shape[axis] for axis in contracted)
+        else:
+            # A branch for another platform is not run: that of `default` comes last.
+            inner = list(jax.core.jaxprs_in_params(equation.params))
+            chosen = inner[-1:] if equation.primitive.name in ("cond", "platform_index") else inner
+            total += sum(_flops_of(one) for one in chosen)
+    return total
