@@ -136,18 +136,22 @@ def _check(coordinator: str, count: int, index: int) -> None:
         )
 
 
-def check_limits(startup_seconds: float, host_seconds: float) -> None:
+def check_limits(startup_seconds: float, host_seconds: float, count: int = 1) -> None:
     """Refuses limits under which healthy processes end, or none ever does.
 
+    Args:
+      count: how many processes there are, at least.
     Raises:
       RequestError: names the flag.
     """
     if not 1 <= startup_seconds < math.inf:
         raise RequestError(f"--startup_seconds={startup_seconds:g}: at least 1, and finite")
-    if not 3 * session.BEAT_SECONDS <= host_seconds < math.inf:
+    beat = session.beat(count)
+    if not 3 * beat <= host_seconds < math.inf:
+        whose = "each process" if count == 1 else f"each of {count} processes"
         raise RequestError(
-            f"--host_seconds={host_seconds:g}: at least {3 * session.BEAT_SECONDS:g}, and finite: "
-            f"each process tells every {session.BEAT_SECONDS:g} s that it lives"
+            f"--host_seconds={host_seconds:g}: at least {3 * beat:g}, and finite: {whose} tells "
+            f"every {beat:g} s that it lives"
         )
 
 
@@ -159,8 +163,9 @@ def join(place: Place, seconds: float, host_seconds: float) -> session.Session:
       host_seconds: how long a process may be silent before the others end.
     Raises:
       AbsentError: not all have come.
-      RequestError: they do not belong together.
+      RequestError: they do not belong together, or are too many for these limits.
     """
+    check_limits(seconds, host_seconds, place.count)
     meet(place, seconds)
     # Signals are heard by `interruption.Watch`: JAX's notice hides the second one.
     jax.config.update("jax_enable_preemption_service", False)
@@ -200,6 +205,7 @@ def meet(place: Place, seconds: float, now: Callable[[], float] = time.monotonic
 def _receive(place: Place, seconds: float, deadline: float, now: Callable[[], float]) -> None:
     """Process 0's part: it hears all greetings, and answers them all alike."""
     there: dict[int, socket.socket] = {}
+    heard: list[socket.socket] = []  # Of two with one number as well.
     problem, again = "", False
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(_listener(place, seconds, deadline, now))
@@ -232,10 +238,11 @@ def _receive(place: Place, seconds: float, deadline: float, now: Callable[[], fl
                     f"process {index} on {address[0]} has --num_processes={count}, process 0 has "
                     f"{place.count}"
                 )
-            elif index == 0 or index in there:
+            elif index == 0 or (index in there and _is_open(there[index])):
                 problem = f"two processes have --process_id={index}, one of them on {address[0]}"
             there[index] = connection
-        for connection in there.values():
+            heard.append(connection)
+        for connection in heard:
             with contextlib.suppress(OSError):
                 answer = {"problem": problem, "again": again}
                 connection.sendall(json.dumps(answer).encode() + b"\n")

@@ -30,9 +30,14 @@ BEAT_HOSTS = 32  # With more of them each tells less often: process 0 answers al
 GRACE_SECONDS = 3.0  # For others to say or hear what happened, before a process ends.
 ASLEEP_SECONDS = 10.0  # A thread that wakes so late: the whole process was stopped.
 AGREE_SECONDS = 300.0
-# What errors of collectives say when another process has gone.
+# What JAX's errors say when another process has gone.
 LOST = ("Gloo", "gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "onnection", "ABORTED")
 AGAIN = 75  # EX_TEMPFAIL: the same command goes on.
+
+
+def beat(count: int) -> float:
+    """Seconds after which each of so many processes tells again that it lives."""
+    return BEAT_SECONDS * max(1.0, count / BEAT_HOSTS)
 
 
 class AbsentError(RuntimeError):
@@ -75,7 +80,7 @@ class Session:
         count: int,
         host_seconds: float,
         agree_seconds: float = AGREE_SECONDS,
-        beat_seconds: float = BEAT_SECONDS,
+        beat_seconds: float | None = None,
         end: Callable[[int], None] = os._exit,
     ):
         """Joins the others.
@@ -85,14 +90,14 @@ class Session:
           index, count: of this process, and how many there are.
           host_seconds: how long a process may be silent before the others end.
           agree_seconds: how long the others are waited for where all have to come.
-          beat_seconds: how often it tells that it lives.
+          beat_seconds: how often it tells that it lives, unless as `beat` says.
           end: ends the process with a code, from any thread.
         """
         self.doing: Callable[[], str] = lambda: "starting"
         self.waited: Callable[[], float] = lambda: 0.0
         self.index, self.count = index, count
         self._client, self._host_seconds, self._agree_seconds = client, host_seconds, agree_seconds
-        self._beat_seconds = beat_seconds * max(1.0, count / BEAT_HOSTS)
+        self._beat_seconds = beat(count) if beat_seconds is None else beat_seconds
         self._end_process = end
         self._names = {k: f"process {k}" for k in range(count)}
         self._gathered = itertools.count()
@@ -254,7 +259,8 @@ class Session:
         Then the watching thread ends this process. Returns where the error is this one's own, or
         nobody else has fallen silent.
         """
-        if not any(word in str(error) for word in LOST):
+        of_jax = isinstance(error, jax.errors.JaxRuntimeError)
+        if not of_jax or not any(word in str(error) for word in LOST):
             return
         line = str(error).splitlines()[0][:200]
         print(f"{line}: waiting to hear which host is gone", file=sys.stderr, flush=True)

@@ -85,6 +85,45 @@ def test_everybody_hears_who_has_not_come():
     assert "of 4 processes, number 1, 3 have not come to process 0" in str(found[0])
 
 
+def greeted(place, index):
+    """The connection of a process that has greeted process 0."""
+    while True:
+        with contextlib.suppress(ConnectionRefusedError):
+            it = socket.create_connection(("127.0.0.1", int(place.coordinator[10:])))
+            it.sendall(json.dumps({"index": index, "count": place.count}).encode() + b"\n")
+            return it
+        time.sleep(0.01)
+
+
+def problem(it):
+    """What process 0 answers."""
+    return json.loads(it.makefile().readline())["problem"]
+
+
+def test_two_with_one_number_are_both_told():
+    place = Place(f"127.0.0.1:{free_port()}", 3, 0)
+
+    def twice():
+        with greeted(place, 1) as first, greeted(place, 1) as second:
+            return [problem(first), problem(second)]
+
+    error, told = in_threads([lambda: hosts.meet(place, PATIENCE), twice])
+    assert isinstance(error, RequestError) and told == [str(error)] * 2
+    assert "two processes have --process_id=1" in told[0]
+
+
+def test_one_that_has_gone_may_come_again():
+    place = Place(f"127.0.0.1:{free_port()}", 3, 0)
+
+    def again():
+        with greeted(place, 1):
+            time.sleep(0.1)  # Process 0 waits for the next one.
+        with greeted(place, 1) as second, greeted(place, 2) as third:
+            return [problem(second), problem(third)]
+
+    assert in_threads([lambda: hosts.meet(place, PATIENCE), again]) == [None, ["", ""]]
+
+
 def test_without_process_0_the_others_say_so():
     (found,) = meeting([Place(f"127.0.0.1:{free_port()}", 2, 1)], 0.3)
     assert isinstance(found, session.AbsentError)
@@ -215,6 +254,14 @@ def test_limits_that_end_healthy_runs_or_none_are_refused(limits):
         hosts.check_limits(*limits)
 
 
+def test_more_hosts_need_longer_limits():
+    """Each of 512 tells every 16 s: refused before anybody is waited for."""
+    with pytest.raises(RequestError, match=r"--host_seconds=47: at least 48, .* of 512 processes"):
+        hosts.join(Place("nowhere.invalid:1", 512, 1), 1, 47)
+    hosts.check_limits(1, 48, 512)
+    hosts.check_limits(1, 3, 32)
+
+
 # Agreeing.
 
 
@@ -340,6 +387,24 @@ def test_one_that_fails_ends_the_others_with_its_reason(sessions, capsys, monkey
     assert "process 1 on" in errors and "has stopped: its disk is full" in errors
 
 
+@pytest.mark.parametrize(
+    ("error", "waits"),
+    [
+        (jax.errors.JaxRuntimeError("INTERNAL: Gloo all-reduce failed: Connection closed"), True),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), False),
+        (ConnectionError("Connection refused"), False),
+        (ValueError("ABORTED"), False),
+    ],
+)
+def test_an_error_of_ones_own_is_told_at_once(sessions, monkeypatch, error, waits):
+    one, _ = sessions(2).all
+    slept = []
+    clock = types.SimpleNamespace(monotonic=time.monotonic, sleep=slept.append)
+    monkeypatch.setattr(session, "time", clock)
+    one.await_verdict(error)
+    assert slept == ([PATIENCE + 2 * session.GRACE_SECONDS] if waits else [])
+
+
 def test_one_that_has_ended_in_good_order_is_not_missed(sessions):
     two = sessions(2, host_seconds=0.4)
     closing = threading.Thread(target=two.all[1].close)
@@ -379,7 +444,7 @@ def work():
             if watch.asked():
                 raise Interrupted(f"stopped at {question}")
             if question == 20 and sys.argv[5] == f"fail{place.index}":
-                raise ValueError("a cable is loose")
+                raise ConnectionError("Connection lost: a cable is loose")
             time.sleep(0.02)
 
 sys.exit(main.reported(work))
@@ -404,8 +469,8 @@ def start_hosts(count, host_seconds, mode="", args=()):
     return processes
 
 
-def ended(processes):
-    found = [process.communicate(timeout=PATIENCE) for process in processes]
+def ended(processes, seconds=PATIENCE):
+    found = [process.communicate(timeout=seconds) for process in processes]
     return [process.returncode for process in processes], [errors for _, errors in found]
 
 
@@ -442,10 +507,11 @@ def test_hosts_that_fall_silent_are_named_and_end_the_others():
 
 @pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_an_error_on_one_host_ends_the_others_with_its_reason(failing):
-    codes, errors = ended(start_hosts(2, 60, f"fail{failing}"))
+    """Long before either would miss the other, or JAX its good-bye."""
+    codes, errors = ended(start_hosts(2, 600, f"fail{failing}"), 30)
     assert codes == [1, 1], errors
     assert f"process {failing} on" in errors[1 - failing]
-    assert "has stopped: ValueError: a cable is loose" in errors[1 - failing]
+    assert "has stopped: ConnectionError: Connection lost: a cable is" in errors[1 - failing]
     assert "Traceback" in errors[failing] and "a cable is loose" in errors[failing]
 
 
