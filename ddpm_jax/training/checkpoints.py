@@ -15,7 +15,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +26,16 @@ from etils import epath
 from ddpm_jax import bounded, files, session
 from ddpm_jax.parallel import to_host
 from ddpm_jax.training.metrics import NonFiniteError
+from ddpm_jax.training.reading import UnreadError, first_line, patiently, raise_interrupts
 
 _STATE, _META = "state", "meta"
 _UNFINISHED = ".orbax-checkpoint-tmp"  # In the name of a directory that is being written.
 
+T = TypeVar("T")
+
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or none of those that exist is whole."""
+    """A checkpoint could not be written or read, or none of those that exist is whole."""
 
 
 class Checkpoints:
@@ -200,7 +203,8 @@ class Checkpoints:
           step: the one wanted.
           warn: called with a line for each damaged checkpoint that is passed over.
         Raises:
-          CheckpointError: the step does not exist, or all checkpoints are damaged.
+          CheckpointError: the step does not exist, all checkpoints are damaged, or one of them
+            cannot be read now, see `attempt`.
         """
         steps = session.gather("listing checkpoints", self.steps())[0]
         if step is not None and step not in steps:
@@ -221,14 +225,21 @@ class Checkpoints:
     def attempt(
         self, step: int, abstract: Any
     ) -> tuple[tuple[Any, dict[str, Any]] | None, str | None]:
-        """((state, notes), None) of a checkpoint, or (None, why it is not whole), on all hosts."""
-        read, reason = None, None
+        """((state, notes), None) of a checkpoint, or (None, why it is not whole), on all hosts.
+
+        Raises:
+          CheckpointError: on all hosts: one of them could not read it, which proves no damage.
+        """
+        read, reason, unread = None, None, None
         try:
-            read = self._read(step, abstract)
-        except Exception as error:  # Orbax raises whatever its layers happen to raise.
-            _raise_interrupts(error)
-            reason = _first_line(error)
-        reason = _anybodys(step, reason)
+            read = self._patiently(step, lambda: self._read(step, abstract))
+        except UnreadError as error:
+            unread = str(error)
+        except Exception as error:
+            reason = first_line(error)
+        reason, unread = _anybodys(step, reason), _anybodys(step, unread)
+        if reason is None and unread is not None:
+            raise CheckpointError(unread)
         if reason is None:  # All have it: now it can be looked at together.
             state, meta = read
             saved = meta["checksums"]
@@ -238,12 +249,28 @@ class Checkpoints:
             reason = _anybodys(step, reason)
         return (None, reason) if reason is not None else ((state, meta["notes"]), None)
 
-    def notes(self, step: int) -> dict[str, Any]:
-        """The notes saved with a step; empty where they cannot be read."""
+    def notes(self, step: int) -> tuple[dict[str, Any] | None, str | None]:
+        """(notes, None) of a checkpoint, or (None, why they are not whole), on this host alone.
+
+        Raises:
+          CheckpointError: they could not be read, which proves no damage.
+        """
         try:
-            return self._meta(step)["notes"]
-        except (OSError, ValueError):
-            return {}
+            return self._patiently(step, lambda: self._meta(step))["notes"], None
+        except UnreadError as error:
+            raise CheckpointError(str(error)) from error
+        except Exception as error:
+            return None, first_line(error)
+
+    def _patiently(self, step: int, read: Callable[[], T]) -> T:
+        """See `reading.patiently`."""
+        try:
+            return patiently(self._directory / str(step), read)
+        except UnreadError as error:
+            raise UnreadError(
+                f"{error}; it need not be damaged and stays where it is: the same command goes on "
+                "when it can be read, or without it when it is moved away"
+            ) from error
 
     def _meta(self, step: int) -> dict[str, Any]:
         """What was saved beside a state.
@@ -320,27 +347,14 @@ def _anybodys(step: int, reason: str | None) -> str | None:
     return None
 
 
-def _raise_interrupts(error: BaseException) -> None:
-    """Raises the KeyboardInterrupt that an error comes from: Orbax makes others of it."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, KeyboardInterrupt):
-            raise KeyboardInterrupt from error
-        cause = cause.__cause__ or cause.__context__
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [repr(error)])[0][:200]
-
-
 @contextlib.contextmanager
 def _write_errors(directory: epath.Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # As above.
-        _raise_interrupts(error)
+    except Exception as error:  # Orbax raises whatever its layers happen to raise.
+        raise_interrupts(error)
         raise CheckpointError(
-            f"cannot write a checkpoint under {directory}{_free(directory)}: {_first_line(error)}"
+            f"cannot write a checkpoint under {directory}{_free(directory)}: {first_line(error)}"
         ) from error
 
 
