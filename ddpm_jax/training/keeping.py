@@ -34,7 +34,11 @@ class Keeper:
         clock: Clock,
         say: Callable[[str], None],
     ):
-        """Opens the directories, which need not exist."""
+        """Opens the directories, which need not exist.
+
+        Raises:
+          CheckpointError: the best checkpoint can neither be read now nor is it damaged.
+        """
         self._goes_on = train.write_errors == "continue"
         self._lock, self._clock, self._say = lock, clock, say
         self._said = ""
@@ -42,7 +46,7 @@ class Keeper:
         self._checkpoints = Checkpoints(
             directory.checkpoints, train.keep_checkpoints, train.keep_every, sweep=True
         )
-        self._best = Best(directory.best, train.keep_best) if train.keep_best else None
+        self._best = Best(directory.best, train.keep_best, say) if train.keep_best else None
 
     def restore(self, abstract: Any) -> tuple[Any, int, dict[str, Any]] | None:
         """See `Checkpoints.restore`."""
@@ -84,6 +88,8 @@ class Keeper:
     def save(self, step: int, state: Any, notes: dict[str, Any]) -> None:
         """Starts writing a checkpoint, when the one before is there or has failed.
 
+        And when the best one is: behind a later checkpoint it would not be made again.
+
         Raises:
           NonFiniteError: the state is not finite.
           CheckpointError: this one or the one before could not be written.
@@ -93,6 +99,9 @@ class Keeper:
         with self._clock.phase("save"):
             with self.writing(), self._state():
                 self._checkpoints.wait()
+            if self._best is not None:
+                with self.writing():
+                    self._best.wait()
             with self.writing(), self._state():
                 self._checkpoints.save(step, state, notes)
                 self.saved = step
