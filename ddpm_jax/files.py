@@ -7,6 +7,7 @@ and a deletion. It cannot be appended to either: append mode silently replaces i
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import errno
 import fcntl
 import fnmatch
@@ -26,10 +27,17 @@ from etils import epath
 
 A_DAY = 86400  # Seconds.
 ANSWER_SECONDS = 20.0  # In which a bucket must answer.
+SILENT_SECONDS = 30.0  # So long after it did not,
+AGAIN_SECONDS = 2.0  # it must answer in this time: what ends then has several files to close.
+SLOWEST = 1e6  # Bytes/s that a bucket must take.
 REMOTE_SECONDS = 30.0  # Between two writes of the same object.
 REMOTE_SHARE = 0.02  # Of the time, at most, goes into writing objects again.
 
 T = TypeVar("T")
+
+# Why each try of gcsfs failed, for who waits for it.
+_TRIES: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("tries", default=None)
+_SILENT: dict[str, float] = {}  # When a bucket did not answer: the network is the process's.
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -38,32 +46,36 @@ def is_remote(path: epath.PathLike) -> bool:
 
 
 def read_text(path: epath.Path) -> str:
-    """The text of a UTF-8 file, whatever the locale."""
-    return path.read_bytes().decode()
+    """The text of a UTF-8 file, whatever the locale; see `answer`."""
+    return answer(path, path.read_bytes).decode()
 
 
 def unused(path: epath.Path) -> epath.Path:
-    """The path, or the first of PATH1, PATH2, … where nothing is."""
+    """The path, or the first of PATH1, PATH2, … where nothing is; see `answer`."""
     names = itertools.chain([path.name], (f"{path.name}{k}" for k in itertools.count(1)))
-    return next(free for free in (path.parent / name for name in names) if not free.exists())
+    paths = (path.parent / name for name in names)
+    return next(free for free in paths if not answer(free, free.exists))
 
 
 def mtime(path: epath.Path) -> float:
-    """When a file was last written, in seconds."""
+    """When a file was last written, in seconds; see `answer`."""
     # That of epath asks for the owner's name, which a container may not know.
-    return path.stat().mtime if is_remote(path) else os.stat(path).st_mtime
+    return answer(path, path.stat).mtime if is_remote(path) else os.stat(path).st_mtime
 
 
 def matching(directory: epath.Path, pattern: str) -> list[epath.Path]:
     """What lies in a directory under names such as "*.npz", in their order; [] without directory.
 
     Unlike `glob`, which takes a bracket in the directory's own name for a part of the pattern.
+
+    Raises:
+      OSError: see `answer`.
     """
     try:
-        found = [path for path in directory.iterdir() if fnmatch.fnmatchcase(path.name, pattern)]
+        there = answer(directory, lambda: list(directory.iterdir()))
     except FileNotFoundError:
         return []
-    return sorted(found)
+    return sorted(path for path in there if fnmatch.fnmatchcase(path.name, pattern))
 
 
 def replace(path: epath.Path, content: bytes | str) -> None:
@@ -81,12 +93,12 @@ def replace_with(path: epath.Path, write: Callable[[BinaryIO], Any]) -> None:
 
     Raises:
       OSError: it could not be written; `filename` is the path, and what was there is unchanged.
+        One of a bucket that does not answer comes in time, see `answer`.
     """
     if is_remote(path):
         content = io.BytesIO()
         write(content)
-        with remote_errors(path):
-            path.write_bytes(content.getvalue())
+        _upload(path, content.getvalue())
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
@@ -106,6 +118,20 @@ def replace_with(path: epath.Path, write: Callable[[BinaryIO], Any]) -> None:
         if isinstance(error, OSError) and error.errno is not None:
             error.filename, error.filename2 = str(path), None
         raise
+
+
+def _upload(path: epath.Path, content: bytes) -> None:
+    """Writes an object, or gives it up: none comes over what is written later."""
+    seconds = _patience(path) + len(content) / SLOWEST
+
+    def ask() -> None:
+        import fsspec
+
+        # That of epath, whose files know no limit, and try again when they are let go of.
+        bucket = fsspec.filesystem("gcs", finalize_on_close=True)
+        bucket.pipe_file(str(path), content, timeout=seconds + 1)  # Then nobody waits any more.
+
+    answer(path, ask, seconds)
 
 
 def _remove_leftovers(path: epath.Path) -> None:
@@ -233,9 +259,12 @@ def remote_errors(path: epath.PathLike) -> Iterator[None]:
         raise OSError(number, _reason(error), str(path)) from error
 
 
-def answer(path: epath.PathLike, ask: Callable[[], T], seconds: float = ANSWER_SECONDS) -> T:
+def answer(path: epath.PathLike, ask: Callable[[], T], seconds: float | None = None) -> T:
     """ask() of a path; of a remote one with a limit of time.
 
+    Args:
+      seconds: the limit, unless `ANSWER_SECONDS`, or `AGAIN_SECONDS` where the bucket has just not
+        answered.
     Raises:
       OSError: no answer in that time (the libraries below go on trying for minutes), or another
         error; it says how often was tried, and why in vain.
@@ -245,32 +274,51 @@ def answer(path: epath.PathLike, ask: Callable[[], T], seconds: float = ANSWER_S
         return ask()
     _prepare_gcsfs()
     answers: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+    tries: list[str] = []
 
     def run() -> None:
+        _TRIES.set(tries)
         try:
             with remote_errors(path):
                 answers.put((ask(), None))
         except Exception as error:
             answers.put((None, error))
 
-    with _counted_tries() as tries:
-        threading.Thread(target=run, daemon=True).start()
-        try:
-            value, error = answers.get(timeout=seconds)
-        except queue.Empty:
-            text = f"no answer within {seconds:g} s; tried {len(tries) + 1} times"
-            text += f", last error: {tries[-1]}" if tries else ""
-            raise TimeoutError(errno.ETIMEDOUT, text, str(path)) from None
+    limit = _patience(path) if seconds is None else seconds
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        value, error = answers.get(timeout=limit)
+    except queue.Empty:
+        if not _was_silent(path):
+            _SILENT[_bucket(path)] = time.monotonic()
+        text = f"no answer within {limit:g} s; tried {len(tries) + 1} times"
+        text += f", last error: {tries[-1]}" if tries else ""
+        raise TimeoutError(errno.ETIMEDOUT, text, str(path)) from None
     if isinstance(error, OSError) and tries:
         text = f"{error.strerror} (tried {len(tries) + 1} times)"
         raise OSError(error.errno, text, str(path)) from error
     if error is not None:
         raise error
+    _SILENT.pop(_bucket(path), None)
     return value
 
 
+def _bucket(path: epath.PathLike) -> str:
+    """gs://BUCKET."""
+    return "/".join(os.fspath(path).split("/")[:3])
+
+
+def _was_silent(path: epath.PathLike) -> bool:
+    """Whether a path's bucket has just not answered."""
+    return time.monotonic() - _SILENT.get(_bucket(path), -math.inf) < SILENT_SECONDS
+
+
+def _patience(path: epath.PathLike) -> float:
+    return AGAIN_SECONDS if _was_silent(path) else ANSWER_SECONDS
+
+
 def _prepare_gcsfs() -> None:
-    """Lets gs:// show what other processes write, and its errors be said once.
+    """Lets gs:// show what other processes write, and its failed tries be counted.
 
     By default each process remembers every listing it has seen, for ever: new objects do not exist
     for it, and one that has grown is read up to its former length.
@@ -278,30 +326,21 @@ def _prepare_gcsfs() -> None:
     from fsspec.config import conf
 
     conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # They are raised as well.
-
-
-@contextlib.contextmanager
-def _counted_tries() -> Iterator[list[str]]:
-    """Why each try of gcsfs failed meanwhile, which it tells its log alone."""
-    tries: list[str] = []
-    handler = logging.Handler(logging.DEBUG)
-    handler.emit = lambda record: (
-        tries.append(record.getMessage().partition("after exception: ")[2] or record.getMessage())
-        if "exception" in record.getMessage()
-        else None
-    )
-    log = logging.getLogger("gcsfs")
-    before = log.level, log.propagate
-    log.addHandler(handler)
+    log = logging.getLogger("gcsfs")  # It alone is told of tries; errors are raised as well.
+    if not any(isinstance(handler, _Tries) for handler in log.handlers):
+        log.addHandler(_Tries())
     log.setLevel(logging.DEBUG)
     log.propagate = False
-    try:
-        yield tries
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(before[0])
-        log.propagate = before[1]
+
+
+class _Tries(logging.Handler):
+    """Notes why each try failed after which gcsfs tries again."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # What gcsfs does in its own thread has the context of who asked for it.
+        tries, (_, _, why) = _TRIES.get(), record.getMessage().partition("retrying after exception")
+        if tries is not None and why:
+            tries.append(why.removeprefix(": "))
 
 
 def _reason(error: Exception) -> str:

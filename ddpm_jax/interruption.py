@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import signal
 import sys
@@ -16,8 +17,9 @@ from ddpm_jax import session
 
 EXIT_CODE = session.AGAIN  # Interrupted; the same command goes on.
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SECONDS = 3.0  # For Python to act on the second signal.
+SECONDS = 3.0  # For Python to act on the second signal, and to end all that is open.
 ASLEEP_SECONDS = 10.0  # No thread waits that long to be woken, unless all of them do.
+STUCK_SECONDS = 60.0  # Beyond `hang_seconds`, for what lets no thread of Python's run.
 AT_ONCE = "stopped at once; the same command goes on"
 
 
@@ -34,6 +36,7 @@ class Watch:
 
     Attributes:
       farewell: called, from another thread, with how it ends where it ends the process itself.
+      listeners: called, from another thread, at the first signal.
     """
 
     _open: ClassVar[Watch | None] = None  # Signals are the process's, and so is who hears them.
@@ -53,6 +56,7 @@ class Watch:
         """
         self._hang_seconds, self._doing, self._patience = hang_seconds, doing, patience
         self.farewell: Callable[[str], Any] = lambda how: None
+        self.listeners: list[Callable[[], Any]] = []
         self._outer: Watch | None = None
         self._signals = 0
         self._before: dict[int, object] = {}
@@ -80,6 +84,10 @@ class Watch:
         of_all = session.current()
         return of_all.asked(self._signals > 0) if of_all else self._signals > 0
 
+    def heard(self) -> bool:
+        """Whether this process has had a signal; may be asked at any time, and stops no others."""
+        return (self._outer or self)._signals > 0
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -90,6 +98,8 @@ class Watch:
             return
         Watch._open = None
         self._closed.set()
+        if self._hang_seconds:
+            faulthandler.cancel_dump_traceback_later()
         if self._before:
             signal.set_wakeup_fd(self._wakeup_before)
             for number, handler in self._before.items():
@@ -113,24 +123,29 @@ class Watch:
         print(f"\n{name}: finishing the current step; once more to stop at once", file=sys.stderr)
 
     def _hear(self, read_end: int) -> None:
-        """Ends the process at the second signal if Python cannot, as while XLA compiles."""
+        """Ends the process at the second signal if that takes Python long.
+
+        As while XLA compiles, or what is open waits for a slow disk.
+        """
         heard = 0
         while received := os.read(read_end, 64):
-            heard += sum(number in SIGNALS for number in received)
-            deadline = time.monotonic() + SECONDS
-            while heard > 1 and self._signals < 2 and not self._closed.is_set():
-                if time.monotonic() > deadline:
-                    self._end(AT_ONCE)
-                time.sleep(0.05)
+            before, heard = heard, heard + sum(number in SIGNALS for number in received)
+            if heard and not before:
+                for listener in self.listeners:
+                    listener()
+            if heard > 1 and not self._closed.wait(SECONDS):
+                self._end(AT_ONCE)
         os.close(read_end)
 
     def _guard(self) -> None:
+        """Ends the process when it hangs; where this thread cannot run, faulthandler's does."""
         looked = time.monotonic()
         while not self._closed.wait(min(1.0, self._hang_seconds / 4)):
             now = time.monotonic()
             if now - looked > ASLEEP_SECONDS:  # The process was stopped, and is going on.
                 self._asked_at = now
             looked, limit = now, self._hang_seconds * self._patience()
+            faulthandler.dump_traceback_later(limit + STUCK_SECONDS, exit=True, file=2)
             if now - self._asked_at > limit:
                 session.dump_stacks()
                 self._end(

@@ -11,6 +11,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -29,6 +30,7 @@ from runs_for_tests import (
 )
 
 from ddpm_jax import runs
+from ddpm_jax.config import RequestError
 from ddpm_jax.data import Batches
 from ddpm_jax.data.records import ReadError
 from ddpm_jax.training import goodput
@@ -336,6 +338,50 @@ def test_starts_that_lead_nowhere_end(tmp_path, capsys, monkeypatch):
     assert "ZeroDivisionError: division by zero" in error
     assert train(tmp_path, train__max_restarts=0, train__steps=10) == 0
     assert train(tmp_path) == 0  # There was progress since.
+
+
+def test_a_start_that_was_told_to_end_and_then_killed_has_not_failed(tmp_path):
+    """As one that is preempted while it compiles, when the grace is over."""
+    path, clock = epath.Path(tmp_path / "goodput.json"), goodput.Clock()
+    for _ in range(5):
+        lives = goodput.Lives(path, clock, active=True)
+        lives.check_progress(3)
+        lives.__enter__()
+        lives.begin(7)
+        lives.check_progress(3)
+        lives.interrupt()
+    assert [life.ended for life in goodput.read(path)] == ["interrupted"] * 5
+    lives.update(7, at_once=True)  # The step is finished; then the process is killed.
+    assert goodput.read(path)[-1].ended == "interrupted"
+    lives.end("CheckpointError: the disk is full")
+    assert goodput.read(path)[-1].ended == "CheckpointError: the disk is full"
+    for failure in ("", "", ""):
+        lives = goodput.Lives(path, clock, active=True)
+        lives.begin(7)
+        lives.update(7, failure, at_once=True)
+    lives = goodput.Lives(path, clock, active=True)
+    lives.begin(7)
+    with pytest.raises(RequestError, match="the last 4 starts ended at step 7"):
+        lives.check_progress(3)
+    clock.close()
+
+
+def test_a_signal_while_images_do_not_come_saves_what_was_trained(tmp_path, monkeypatch):
+    read, call = Batches._read, Batches.__call__
+
+    def reading(self, step):
+        return time.sleep(600) if step == 5 else read(self, step)
+
+    def calling(self, step):
+        if step == 5:
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return call(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "_read", reading)
+        patch.setattr(Batches, "__call__", calling)
+        assert train(tmp_path, data__resident_bytes=0) == 75
+    assert final_state(tmp_path)[1] == 5
 
 
 def test_another_config_or_other_images_can_be_insisted_on(tmp_path, capsys, monkeypatch):

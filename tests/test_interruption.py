@@ -58,6 +58,43 @@ with Watch() as watch:
     assert (process.returncode, out) == (0, "ctrl-c\n"), errors
 
 
+def test_a_second_signal_does_not_wait_for_what_is_open():
+    """As a checkpoint on its way to a slow disk, which is waited for when it is closed."""
+    code = """
+with Watch() as watch:
+    print("up", flush=True)
+    try:
+        while not watch.asked():
+            time.sleep(0.01)
+        print("asked", flush=True)
+        time.sleep(600)
+    finally:
+        time.sleep(600)
+"""
+    process = started(code)
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "asked\n"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 75
+    assert errors.strip().splitlines()[-1] == "stopped at once; the same command goes on"
+
+
+def test_listeners_hear_the_first_signal_while_python_cannot():
+    code = f"""
+import hashlib, os
+with Watch() as watch:
+    watch.listeners.append(lambda: os.write(1, b"heard\\n"))
+    print("up", flush=True)
+    {IN_C}
+"""
+    process = started(code)
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "heard\n"
+    process.kill()
+    assert process.communicate()[0] == ""
+
+
 def test_a_second_signal_that_something_has_swallowed_counts_all_the_same():
     code = """
 import signal
@@ -112,6 +149,26 @@ with Watch(hang_seconds=1.0, doing=lambda: "waiting for images") as watch:
         "nothing has moved for 1 s (see parallel.hang_seconds) while waiting for images; the same "
         "command goes on"
     )
+
+
+def test_what_lets_no_thread_run_ends_as_well():
+    code = """
+import ctypes
+from ddpm_jax import interruption
+interruption.STUCK_SECONDS = 1.0
+def stuck_here():
+    ctypes.PyDLL(None).sleep(600)
+
+with Watch(hang_seconds=1.0) as watch:
+    watch.asked()
+    print("up", flush=True)
+    time.sleep(0.5)
+    stuck_here()
+"""
+    process = started(code)
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert "in stuck_here" in errors
 
 
 def test_a_watch_that_is_closed_leaves_signals_as_they_were():

@@ -6,6 +6,7 @@ import collections
 import concurrent.futures
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,10 +20,12 @@ from ddpm_jax.config import RequestError
 from ddpm_jax.data.records import ATTEMPTS, ReadError, RecordSource, times
 from ddpm_jax.data.sources import Source
 from ddpm_jax.data.threads import Worker
+from ddpm_jax.interruption import Interrupted
 
 READ_AHEAD = 3  # Calls prepared ahead of the one asked for.
 STALL_SECONDS = 300.0  # Where the config does not say.
 CLOSING_SECONDS = 2.0  # For a read that is under way, at the end.
+SLICE_SECONDS = 0.5  # Of waiting for a batch, between two questions whether to stop.
 Gather = Callable[[np.ndarray], jax.Array]  # See `resident_gather`.
 
 
@@ -91,6 +94,7 @@ class Batches:
       resident: whether the source is put on the devices; or, where it is there, the gather from it.
       stall_seconds: how long a call waits for its images before they are read again; 0: for ever.
       attempts: how often they are read in all, where they do not come.
+      stop: whether not to wait any longer for a batch, asked while one does not come.
 
     Raises:
       RequestError: batch_size does not divide over the devices.
@@ -107,6 +111,7 @@ class Batches:
         *,
         stall_seconds: float = STALL_SECONDS,
         attempts: int = ATTEMPTS,
+        stop: Callable[[], bool] = lambda: False,
     ):
         self.wait_seconds = 0.0
         self._source, self._seed, self._sharding = source, seed, sharding
@@ -119,7 +124,7 @@ class Batches:
                 f"{dict(sharding.mesh.shape)}"
             ) from error
         self._gather = resident_gather(source, sharding) if resident is True else resident
-        self._stall_seconds, self._attempts = stall_seconds, attempts
+        self._stall_seconds, self._attempts, self._stop = stall_seconds, attempts, stop
         self._reader = None if resident else self._new_reader()
         self._ahead: collections.deque[tuple[int, concurrent.futures.Future]] = collections.deque()
 
@@ -129,6 +134,7 @@ class Batches:
         Raises:
           records.ReadError: names the file or record that could not be read, or the source whose
             images did not come.
+          Interrupted: `stop` said so, and the batch is not there.
         """
         start = time.perf_counter()
         try:
@@ -151,9 +157,7 @@ class Batches:
             while len(self._ahead) <= READ_AHEAD:
                 following = self._ahead[-1][0] + self._shape[0] if self._ahead else step
                 self._ahead.append((following, self._reader.submit(following)))
-            # Not the result's own time limit, whose error could be one of reading.
-            concurrent.futures.wait([self._ahead[0][1]], self._stall_seconds or None)
-            if self._ahead[0][1].done():
+            if self._come(self._ahead[0][1]):
                 return self._ahead.popleft()[1].result()
             problem = self._stalled(step)
             self._forget()
@@ -167,6 +171,23 @@ class Batches:
             f"{problem}, asked {times(self._attempts)}; mend the storage, or allow more time with "
             "--config.data.stall_seconds"
         )
+
+    def _come(self, batch: concurrent.futures.Future) -> bool:
+        """Whether a batch is there in time, or could not be read.
+
+        Raises:
+          Interrupted: `stop` said so meanwhile.
+        """
+        began = time.monotonic()
+        while not batch.done():
+            left = (self._stall_seconds or math.inf) - (time.monotonic() - began)
+            if left <= 0:
+                return False
+            # Not the result's own time limit, whose error could be one of reading.
+            concurrent.futures.wait([batch], min(left, SLICE_SECONDS))
+            if not batch.done() and self._stop():
+                raise Interrupted("stopped while waiting for images")
+        return True
 
     def _stalled(self, step: int) -> str:
         """What did not come, and where its reading hangs, if that is known."""

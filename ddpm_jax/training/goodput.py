@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import itertools
 import json
+import logging
 import os
 import threading
 import time
@@ -141,10 +142,10 @@ class Lives:
           path: of the file, which need not exist.
         """
         self._path, self._clock, self._active = path, clock, active
-        self._before = read(path)
+        self._before = read(path, set_aside=active)
         began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self._life = Life(NOWHERE, NOWHERE, {}, began)
-        self._next = 0.0
+        self._next, self._interrupted = 0.0, False
         self.failure = ""
 
     def begin(self, step: int) -> None:
@@ -205,6 +206,15 @@ class Lives:
             ended = "interrupted"
         self.end(self.failure or ended)
 
+    def interrupt(self) -> None:
+        """Notes that this life was told to end: if it is killed now, it has not failed.
+
+        May be called from another thread.
+        """
+        self._interrupted, self._life.ended = True, "interrupted"
+        with contextlib.suppress(OSError):
+            self._write([*self._before, self._life])
+
     def end(self, how: str) -> None:
         """Notes how this life ends; where that cannot be written, nothing."""
         with contextlib.suppress(OSError):  # It must not hide what ended the run.
@@ -220,7 +230,8 @@ class Lives:
         began = time.monotonic()
         if not (at_once or ended) and began < self._next:
             return
-        self._life.seconds, self._life.ended = self._clock.seconds(), ended
+        self._life.seconds = self._clock.seconds()
+        self._life.ended = ended or ("interrupted" if self._interrupted else "")
         try:
             self._write([*self._before, self._life])
         finally:
@@ -277,15 +288,42 @@ def rounded(seconds: dict[str, float]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in seconds.items()}
 
 
-def read(path: epath.Path) -> list[Life]:
-    """The lives in a goodput.json; none where there is no such file, or a damaged one."""
-    kinds = {"first": int, "reached": int, "seconds": dict, "began": str, "ended": str}
+def read(path: epath.Path, set_aside: bool = False) -> list[Life]:
+    """The lives in a goodput.json; none where there is no such file, or a damaged one.
+
+    Args:
+      set_aside: whether a damaged file is kept as goodput.json.damaged, which a warning says.
+    Raises:
+      OSError: it is there and cannot be read now.
+    """
     try:
-        lives = [Life(**{k: life[k] for k in kinds}) for life in bounded.read_json(path)["lives"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        return _lives(bounded.read_json(path))
+    except FileNotFoundError:
         return []
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    if set_aside:
+        kept = files.unused(path.parent / f"{path.name}.damaged")
+        path.rename(kept)
+        logging.getLogger(__name__).warning(
+            "%s is damaged (%s) and begun anew: where earlier starts have spent their time, and "
+            "how they ended, is forgotten; the file as it was is %s",
+            *(path, " ".join(reason.split())[:200], kept),
+        )
+    return []
+
+
+def _lives(content: Any) -> list[Life]:
+    """What a goodput.json says.
+
+    Raises:
+      ValueError, KeyError, TypeError: it is none.
+    """
+    kinds = {"first": int, "reached": int, "seconds": dict, "began": str, "ended": str}
+    lives = [Life(**{k: life[k] for k in kinds}) for life in content["lives"]]
     for life in lives:
-        numbers = all(isinstance(value, (int, float)) for value in life.seconds.values())
-        if not numbers or any(type(getattr(life, k)) is not kind for k, kind in kinds.items()):
-            return []
+        if any(type(getattr(life, k)) is not kind for k, kind in kinds.items()):
+            raise TypeError("a life of values of other types")
+        if not all(isinstance(value, (int, float)) for value in life.seconds.values()):
+            raise TypeError("seconds that are no numbers")
     return lives

@@ -74,6 +74,7 @@ class Lane:
         self.lives = Lives(directory.goodput, clock, self._first_host)
         self.lives.check_progress(self._train.max_restarts)
         stack.enter_context(self.lives)
+        watch.listeners.append(self.lives.interrupt)
         self._keeper = Keeper(self._train, directory, lock, clock, say)
         stack.callback(self._keeper.close)
         self.state, self.step, self._notes = self._restored()
@@ -158,6 +159,8 @@ class Lane:
             resident,
             stall_seconds=self.job.config.data.stall_seconds,
             attempts=self.job.config.data.read_attempts,
+            # Of several hosts the others wait for this one.
+            stop=self._watch.heard if jax.process_count() == 1 else lambda: False,
         )
         self._stack.callback(self.batches.close)
 

@@ -241,8 +241,12 @@ def _advance(
             lane.rate = Progress(first, total, False, say)
         while lanes[0].step < until and not stop and not any(lane.error for lane in lanes):
             began, clock.step = time.monotonic(), lanes[0].step
-            with clock.phase("input"):
-                images = _images(lanes)
+            try:
+                with clock.phase("input"):
+                    images = _images(lanes)
+            except Interrupted:  # It is not known whether they will ever come.
+                stop = True
+                break
             # The first call is traced and compiled; the others only start on their way.
             with clock.phase("compile" if lanes[0].step == first else "step"):
                 states, metrics = call([lane.state for lane in lanes], images)

@@ -27,6 +27,7 @@ from ddpm_jax.data import (
     to_float,
     to_uint8,
 )
+from ddpm_jax.interruption import Interrupted
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, 2, 3, 1)).astype(np.uint8)
 
@@ -318,6 +319,19 @@ def test_images_that_never_come(stuck, caplog):
         while stuck.waiting < 3 and time.monotonic() < limit:
             time.sleep(0.01)
         assert stuck.waiting == 3
+
+
+def test_who_shall_stop_does_not_wait_for_images(stuck):
+    """What is there is given all the same."""
+    stop = threading.Event()
+    with Batches(stuck, 0, 2, 1, one_device(), resident=False, stop=stop.is_set) as batches:
+        batches(0)
+        threading.Timer(0.2, stop.set).start()
+        with pytest.raises(Interrupted):
+            batches(2)
+        stuck.go.set()
+        batches._ahead[0][1].result(60)
+        np.testing.assert_array_equal(batches(2), expected(IMAGES, 0, 2, 2, 1))
 
 
 def test_a_time_limit_of_zero_is_none(stuck):
