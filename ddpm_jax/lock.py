@@ -35,21 +35,25 @@ NO_FLOCK = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class LostError(RuntimeError):
-    """Another training has taken the run directory, which this one must not write to any more."""
+    """The run directory is gone or another training's: this one must not write to it any more."""
 
 
 class Lock:
     """What `hold` gives."""
 
-    def check(self) -> None:
+    def check(self, absent_ok: bool = False) -> None:
         """Before anything is written that counts.
 
+        Args:
+          absent_ok: whether a directory that is not there may be made again, or come back.
         Raises:
-          LostError: the lock is lost.
+          LostError: the lock is lost, or the directory is not there.
         """
         self._look()
         if self.lost:
             raise LostError("another training has taken the run directory; this one ends")
+        if self.absent and not absent_ok:
+            raise LostError("the run directory is gone; this training ends")
 
     def _look(self) -> None:
         """Finds out about `lost` where it is not known."""
@@ -58,6 +62,11 @@ class Lock:
     def lost(self) -> bool:
         """Whether another process has the directory now: this one must write no more."""
         raise NotImplementedError
+
+    @property
+    def absent(self) -> bool:
+        """Whether the lock's file is known to be gone, with the directory perhaps."""
+        return False
 
     def release(self) -> None:
         """Lets others have the directory."""
@@ -114,16 +123,6 @@ def _take(
     return lock
 
 
-def holder(directory: epath.Path) -> list[Any] | None:
-    """What tells who holds a directory from everybody else; None where nobody can be seen."""
-    try:
-        with files.remote_errors(directory):
-            content = _parsed((directory / NAME).read_bytes())
-    except OSError:
-        return None
-    return [content.get(key) for key in ("host", "pid", "started", "token")] if content else None
-
-
 class KernelLock(Lock):
     """By flock(2) on `<directory>/lock`, which stays there."""
 
@@ -156,6 +155,11 @@ class KernelLock(Lock):
             return not os.path.samestat(os.fstat(self._descriptor), os.stat(self._path))
         except OSError:  # No file is no other training.
             return False
+
+    @property
+    def absent(self) -> bool:
+        """See `Lock`."""
+        return not self._path.exists()
 
     def release(self) -> None:
         """See `Lock`."""

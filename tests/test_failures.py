@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,6 +38,7 @@ from ddpm_jax.training import goodput
 from ddpm_jax.training.best import Best
 from ddpm_jax.training.checkpoints import CheckpointError, Checkpoints
 from ddpm_jax.training.job import initial_state, make_job
+from ddpm_jax.training.lane import Lane
 from ddpm_jax.training.metrics import NonFiniteError, Window
 from ddpm_jax.training.step import train_step
 
@@ -321,6 +323,23 @@ def test_images_that_cannot_be_read_stop_the_run_after_a_checkpoint(tmp_path, ca
     assert capsys.readouterr().err == "error: number 5 of a.png cannot be read after 3 attempts\n"
     assert final_state(tmp_path)[1] == 7
     assert train(tmp_path) == 0
+
+
+def test_a_directory_that_vanishes_ends_the_run_and_is_not_made_again(
+    tmp_path, capsys, monkeypatch
+):
+    step_to = Lane.step_to
+
+    def stepping(self, *rest):
+        if self.step == 12:
+            self._keeper.finish()  # Nothing is on its way.
+            shutil.rmtree(tmp_path / "run")
+        return step_to(self, *rest)
+
+    monkeypatch.setattr(Lane, "step_to", stepping)
+    assert train(tmp_path / "run") == 1
+    assert capsys.readouterr().err == "error: the run directory is gone; this training ends\n"
+    assert not (tmp_path / "run").exists()
 
 
 # Starts.

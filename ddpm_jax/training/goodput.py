@@ -22,6 +22,7 @@ from ddpm_jax import bounded, files
 from ddpm_jax.config import RequestError
 from ddpm_jax.files import REMOTE_SECONDS
 from ddpm_jax.interruption import Interrupted
+from ddpm_jax.lock import LostError
 from ddpm_jax.progress import duration
 
 PATIENCE = 20.0  # Times that of a step, for what is thousands of them: sampling, evaluation.
@@ -197,6 +198,8 @@ class Lives:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if kind is not None and issubclass(kind, LostError):  # Nor is the file this run's.
+            return
         if kind is not None and issubclass(kind, RequestError):  # It was no start.
             with contextlib.suppress(OSError):
                 self._write(self._before)

@@ -55,9 +55,9 @@ class Keeper:
         return found
 
     def check(self) -> None:
-        """Raises LostError where another training has the directory."""
+        """Raises LostError where the directory is another training's, or gone."""
         if self._lock is not None:
-            self._lock.check()
+            self._lock.check(absent_ok=self._goes_on)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:

@@ -95,7 +95,8 @@ class Lane:
         return self._watch.asked()
 
     def note_life(self) -> None:
-        """Notes now and then how far it is."""
+        """Notes now and then how far it is; see `Keeper.check`."""
+        self._keeper.check()
         with self._keeper.writing():
             self.lives.update(self.step)
 
