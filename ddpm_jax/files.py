@@ -299,7 +299,6 @@ def answer(path: epath.PathLike, ask: Callable[[], T], seconds: float | None = N
         raise OSError(error.errno, text, str(path)) from error
     if error is not None:
         raise error
-    _SILENT.pop(_bucket(path), None)
     return value
 
 

@@ -140,8 +140,7 @@ def main(argv: Sequence[str] | None = None, started: float | None = None) -> int
 def _run(argv: Sequence[str], started: float | None) -> int:
     args, overrides = parse(argv)
     join_hosts(args)
-    if args.mode == "verify":
-        verify.use_several_cpu_devices(os.environ)
+    virtual = args.mode == "verify" and verify.use_several_cpu_devices(os.environ)
     if args.seeds is not None:
         _check_seeds(args, overrides)
     config = resolve(args, overrides)
@@ -164,7 +163,8 @@ def _run(argv: Sequence[str], started: float | None) -> int:
     elif args.selftest:
         return 0 if selftest.run(config, _say) else 1
     elif args.mode == "verify":
-        return 0 if verify.verify(config, args.workdir, _say) else 1
+        devices = jax.devices()[:1] if virtual else None
+        return 0 if verify.verify(config, args.workdir, _say, devices) else 1
     else:
         _say(check.report(config))
     return 0

@@ -2,9 +2,11 @@
 
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
-from runs_for_tests import start, train
+from runs_for_tests import ROOT, start, train
 
 from ddpm_jax import runs
 from ddpm_jax.main import main
@@ -24,7 +26,7 @@ def run(tmp_path_factory):
 @pytest.fixture
 def here(monkeypatch):
     """As the program's own process: JAX is awake already, with the devices that it has."""
-    monkeypatch.setattr(verify, "use_several_cpu_devices", lambda environment: None)
+    monkeypatch.setattr(verify, "use_several_cpu_devices", lambda environment: False)
 
 
 def found(workdir):
@@ -168,3 +170,15 @@ def test_every_layout_is_compared_and_a_forgotten_mean_found(run):
     times = re.search(r"^pmap on 2 cpu: DIFFERS, at most ([0-9.e+]+) times", out, re.MULTILINE)
     assert times and float(times[1]) > 100, out
     assert out.count("DIFFERS") == 1 and out.endswith("NOT all is well: see above\n")
+
+
+@pytest.mark.long
+def test_where_cpus_are_virtual_the_run_s_own_layout_is_that_of_one(tmp_path, monkeypatch):
+    """A batch of six divides over no four devices; and it is the run's own program that resumes."""
+    assert train(tmp_path, **TRAINED, train__batch_size=6) == 0
+    monkeypatch.delenv("XLA_FLAGS")
+    command = [sys.executable, "-m", "ddpm_jax.main", "--mode=verify", f"--workdir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("equal to the bit") == 2
+    assert " on 4 " not in done.stdout

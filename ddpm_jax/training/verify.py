@@ -12,10 +12,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
+from ddpm_jax import config as config_lib
 from ddpm_jax import files
 from ddpm_jax.config import RequestError
 from ddpm_jax.data import Batches, Source, fingerprint, nbytes, open_source, resident_gather
@@ -35,13 +35,18 @@ from ddpm_jax.training.job import Job, initial_state, make_job
 from ddpm_jax.training.state import State
 from ddpm_jax.training.step import seeded_call
 
-CALLS = 4  # Of the compiled program, on each side of the save.
+CALLS, STEPS = 2, 4  # At least, on each side of the save.
 SHAKEN = 3  # Runs whose parameters are moved.
 WITHIN = 8.0  # Times the distance of the shaken runs.
 CPU_DEVICES = 4  # Virtual ones, where there is but one CPU.
 
 
-def verify(config: ml_collections.ConfigDict, workdir: str, say: Callable[[str], None]) -> bool:
+def verify(
+    config: ml_collections.ConfigDict,
+    workdir: str,
+    say: Callable[[str], None],
+    devices: Sequence[jax.Device] | None = None,
+) -> bool:
     """Whether every checkpoint of a run is whole and the numbers are kept; each is said in a line.
 
     Nothing is written into the run's directory.
@@ -50,13 +55,14 @@ def verify(config: ml_collections.ConfigDict, workdir: str, say: Callable[[str],
       config: the run's own, or one that it could go on under.
       workdir: the run's directory.
       say: prints a line.
+      devices: those that the run would have; all, unless given.
     Raises:
       RequestError: no run there; data or devices do not fit the config.
     """
     directory = RunDirectory.of(workdir)
     directory.load_config()
     directory.check_resumable(config)
-    job = make_job(config)
+    job = make_job(config, devices)
     source = open_source(config, batch_size=config.train.batch_size)
     state, whole = _check_checkpoints(job, directory, fingerprint(source), say)
     if state is None:
@@ -118,7 +124,8 @@ def _check_numbers(job: Job, source: Source, state: State, say: Callable[[str], 
     """Whether repetition, a restore and other layouts give the same steps."""
     start, first = jax.tree.map(to_host, state), int(state.step)
     per_call = job.config.train.steps_per_call
-    half, last = first + CALLS * per_call, first + 2 * CALLS * per_call
+    side = max(CALLS, STEPS // per_call) * per_call
+    half, last = first + side, first + 2 * side
     train = _trainer(job, source)
     middle = train(_laid(job, start), first, half)
     with tempfile.TemporaryDirectory(prefix="ddpm_jax_verify_") as folder:
@@ -208,15 +215,15 @@ def _saved_and_restored(job: Job, state: State, folder: str | None) -> State:
 
 
 def _others(job: Job) -> Iterator[tuple[str, Job]]:
-    """Other layouts of the same steps on these devices."""
+    """Other layouts of the same steps: every mode, one device and all of them, microbatches."""
     devices = jax.devices()
-    several = [len(devices)] if jax.process_count() > 1 else sorted({1, len(devices)})
-    for mode, count, parts in itertools.product(("jit", "fsdp", "pmap"), several, (1, 2)):
-        alike = (job.layout.mode, job.layout.num_devices, job.config.parallel.microbatches)
-        # Enough to have every mode, both counts, and microbatches once.
-        if (mode, count, parts) == alike or (count == 1 and mode != "jit" and len(several) > 1):
-            continue
-        if parts == 2 and (mode, count) != ("jit", several[-1]):
+    own = (job.layout.mode, job.layout.num_devices, job.config.parallel.microbatches)
+    least = 1 if jax.process_count() == 1 else len(devices)
+    layouts = {("jit", least, 1): None}  # A set that keeps its order.
+    modes = config_lib.FIELDS["parallel.mode"].choices
+    layouts |= dict.fromkeys((mode, len(devices), 2 if mode == "jit" else 1) for mode in modes)
+    for mode, count, parts in layouts:
+        if (mode, count, parts) == own:
             continue
         config = copy.deepcopy(job.config)
         config.parallel.mode, config.parallel.microbatches = mode, parts
@@ -245,8 +252,14 @@ def _distances(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict
     return {name: np.inf if np.isnan(distance) else distance for name, distance in found.items()}
 
 
-def use_several_cpu_devices(environment: Mapping[str, str]) -> None:
-    """Lets a CPU be several devices, so that layouts can be compared; before JAX touches any."""
+def use_several_cpu_devices(environment: Mapping[str, str]) -> bool:
+    """Lets a CPU be several devices, so that layouts can be compared; before JAX touches any.
+
+    Returns:
+      Whether it does, and a run would have the first of these devices alone.
+    """
     told = "xla_force_host_platform_device_count" in environment.get("XLA_FLAGS", "")
-    if not told and not jax.distributed.is_initialized():
-        jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
+    if told or jax.distributed.is_initialized():
+        return False
+    jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
+    return jax.default_backend() == "cpu"
