@@ -30,16 +30,16 @@ from ddpm_jax.training.job import initial_state, make_job, template
 from ddpm_jax.training.step import seeded_call
 from experiments import memory
 
-STEPS, EARLY, BATCH = 50, 10, 32
+STEPS, BATCH = 50, 32
 DEVICES, MODES, MICROBATCHES = (1, 2, 4, 8), ("jit", "fsdp", "pmap"), (1, 2, 4)
 STEPS_PER_CALL = {1: 1, 2: 10, 4: 1}  # By microbatches.
 LONG = ["_".join(map(str, each)) for each in itertools.product(DEVICES, MODES, MICROBATCHES)]
-# Each number of devices, each mode and each number of microbatches; two hosts take 4_pmap_1.
+# Each number of devices, each mode and each number of microbatches.
 SHORT = ["1_jit_1", "2_pmap_4", "4_fsdp_2", "8_jit_4", "8_fsdp_1"]
 # These also make their initial state, draw samples and measure the bound where they lie.
 WHOLE = ("1_jit_1", "8_fsdp_1")
 SHAKEN = [f"shaken_{i}" for i in range(4)]
-WITHIN = 4  # Times the distance of the shaken runs. The largest of the long form's is 2.4.
+WITHIN = 4  # Times the distance of the shaken runs. The largest of the long form's is 1.4.
 
 
 def small_config(mode="jit", microbatches=1):
@@ -69,16 +69,15 @@ def placed(job):
     return jax.tree.map(from_host, first_state(), job.sharding)
 
 
-def trained(job, call, state, marks):
-    """After each of `marks` steps, the losses of all so far and the state: `call`'s run."""
+def trained(job, call, state):
+    """The losses of STEPS steps and the state after them: `call`'s run."""
     per_call, losses = job.config.train.steps_per_call, []
     source = open_source(job.config, batch_size=BATCH)
     with Batches(source, 0, BATCH, per_call, job.layout.split(1), False) as batches:
-        for step in range(0, max(marks), per_call):
+        for step in range(0, STEPS, per_call):
             (_, state), metrics = call((np.int32(0), state), batches(step))
             losses.append(to_host(metrics["loss"]))
-            if step + per_call in marks:
-                yield np.concatenate(losses), state
+    return np.concatenate(losses), state
 
 
 @functools.cache
@@ -98,14 +97,14 @@ def evaluator(devices, mode):
     return evaluate
 
 
-def save_run(directory, name, job, call, marks, first, evaluate=None):
-    """Saves what a run from the state `first` gives, arrays by name, as NAME_at_MARK.npz."""
-    for losses, state in trained(job, call, first, marks):
-        arrays = {"losses": losses} | (evaluate(state.ema_params) if evaluate else {})
-        for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.ema_params)):
-            arrays[jax.tree_util.keystr(path)] = to_host(leaf)
-        if jax.process_index() == 0:
-            np.savez(pathlib.Path(directory) / f"{name}_at_{len(losses)}.npz", **arrays)
+def save_run(directory, name, job, call, first, evaluate=None):
+    """Saves what a run from the state `first` gives, arrays by name, as NAME.npz."""
+    losses, state = trained(job, call, first)
+    arrays = {"losses": losses} | (evaluate(state.ema_params) if evaluate else {})
+    for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.ema_params)):
+        arrays[jax.tree_util.keystr(path)] = to_host(leaf)
+    if jax.process_index() == 0:
+        np.savez(pathlib.Path(directory) / f"{name}.npz", **arrays)
 
 
 @functools.cache
@@ -129,31 +128,31 @@ def shaken_call(call, rng, carried, images):
     return call((seed, dataclasses.replace(state, params=params)), images)
 
 
-def run_layouts(directory, marks, whole, names):
+def run_layouts(directory, whole, names):
     """Saves the results of each layout; those in `whole` make and use states where they lie."""
     for name in names:
         job, call = made(name)
         if name in whole:
             first = jax.jit(initial_state(job.config, job.task), out_shardings=job.sharding)(0)
             evaluate = evaluator(job.layout.num_devices, job.layout.mode)
-            save_run(directory, name, job, call, marks, first, evaluate)
+            save_run(directory, name, job, call, first, evaluate)
         else:
-            save_run(directory, name, job, call, marks, placed(job))
+            save_run(directory, name, job, call, placed(job))
 
 
 def run_on_one_host(directory, whole, *names):
     """In a process of its own: `run_layouts`, and the shaken runs on one device."""
-    run_layouts(directory, (EARLY, STEPS), whole.split(","), names)
+    run_layouts(directory, whole.split(","), names)
     (job, call), evaluate = made("1_jit_1"), evaluator(1, "jit")
     for i, name in enumerate(SHAKEN):
         by_chance = functools.partial(shaken_call, call, np.random.default_rng(i))
-        save_run(directory, name, job, by_chance, (EARLY, STEPS), placed(job), evaluate)
+        save_run(directory, name, job, by_chance, placed(job), evaluate)
 
 
-def run_on_hosts(directory, steps, whole, port, count, index, *names):
+def run_on_hosts(directory, whole, port, count, index, *names):
     """In the process of one of several hosts: `run_layouts` over the devices of all."""
     jax.distributed.initialize(f"127.0.0.1:{port}", int(count), int(index))
-    run_layouts(directory, (int(steps),), whole.split(","), names)
+    run_layouts(directory, whole.split(","), names)
 
 
 def begun(function, *words, devices):
@@ -163,7 +162,7 @@ def begun(function, *words, devices):
 
 
 def finished(processes, directory):
-    """What processes have saved: arrays by name, by NAME_at_MARK."""
+    """What processes have saved: arrays by name, by NAME."""
     try:
         said = [process.communicate(timeout=1800) for process in processes]
     finally:
@@ -178,11 +177,8 @@ def finished(processes, directory):
 
 
 def pytest_generate_tests(metafunc):
-    long = metafunc.config.getoption("--long")
     if "layout" in metafunc.fixturenames:
-        metafunc.parametrize("layout", LONG if long else SHORT)
-    if "hosts" in metafunc.fixturenames:
-        metafunc.parametrize("hosts", (2, 4) if long else (2,), scope="module")
+        metafunc.parametrize("layout", LONG if metafunc.config.getoption("--long") else SHORT)
 
 
 @pytest.fixture(scope="module")
@@ -199,10 +195,10 @@ def distances(one, other):
     return {name: np.abs(x - other[name].astype(np.float64)).max() for name, x in one.items()}
 
 
-def assert_same(runs, arrays, steps, label):
+def assert_same(runs, arrays, label):
     """That all lies within a few times the distance of the shaken runs."""
-    reference = runs[f"1_jit_1_at_{steps}"]
-    shaken = [distances(runs[f"{name}_at_{steps}"], reference) for name in SHAKEN]
+    reference = runs["1_jit_1"]
+    shaken = [distances(runs[name], reference) for name in SHAKEN]
     found = distances(arrays, reference)
     if "samples" in arrays:  # They agree but where one lies between two levels.
         assert found.pop("samples") <= 1
@@ -218,34 +214,33 @@ def assert_same(runs, arrays, steps, label):
 
 @pytest.mark.slow
 def test_every_layout_gives_the_numbers_of_one_device(runs, layout):
-    assert_same(runs, runs[f"{layout}_at_{STEPS}"], STEPS, layout)
+    assert_same(runs, runs[layout], layout)
 
 
 @pytest.mark.slow
 def test_rounding_alone_moves_little(runs):
     """What the layouts are measured by is itself as small as float32's rounding lets one hope."""
-    reference = runs[f"1_jit_1_at_{STEPS}"]
+    reference = runs["1_jit_1"]
     for name in SHAKEN:
-        for array, distance in distances(runs[f"{name}_at_{STEPS}"], reference).items():
+        for array, distance in distances(runs[name], reference).items():
             assert distance <= (1 if array == "samples" else 1e-4), (name, array, distance)
 
 
 @pytest.mark.long
-def test_several_hosts_give_the_numbers_of_one_device(request, runs, tmp_path, hosts):
-    """Of two devices each; in the long form fsdp's also evaluate."""
-    names, steps, whole = [f"{2 * hosts}_pmap_1"], EARLY, ""
-    if request.config.getoption("--long"):
-        names, steps, whole = [*names, f"{2 * hosts}_fsdp_2"], STEPS, f"{2 * hosts}_fsdp_2"
+@pytest.mark.parametrize("hosts", (2, 4))
+def test_several_hosts_give_the_numbers_of_one_device(runs, tmp_path, hosts):
+    """Of two devices each; fsdp's also evaluate."""
+    names = f"{2 * hosts}_pmap_1", f"{2 * hosts}_fsdp_2"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
-        begun("run_on_hosts", tmp_path, steps, whole, port, hosts, index, *names, devices=2)
+        begun("run_on_hosts", tmp_path, names[1], port, hosts, index, *names, devices=2)
         for index in range(hosts)
     ]
     found = finished(processes, tmp_path)
     for name in names:
-        assert_same(runs, found[f"{name}_at_{steps}"], steps, f"{hosts} hosts, {name}")
+        assert_same(runs, found[name], f"{hosts} hosts, {name}")
 
 
 @pytest.mark.parametrize("mode", MODES)
