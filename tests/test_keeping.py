@@ -335,6 +335,14 @@ def a_keeper(directory, say=print, **train):
     return Keeper(settings, RunDirectory(epath.Path(directory)), None, goodput.Clock(), say)
 
 
+def test_a_run_says_that_its_best_one_is_damaged(tmp_path):
+    a_best(tmp_path / "best", 5.0).close()
+    flip(tmp_path / "best/fid/20/meta/metadata")
+    said = []
+    a_keeper(tmp_path, said.append).close()
+    assert len(said) == 1 and "best checkpoint 20 of fid is damaged" in said[0]
+
+
 def test_the_best_one_is_there_before_a_later_checkpoint(tmp_path, monkeypatch):
     """A run that is killed goes on behind it, and would not find it again."""
     keeper, making, found = a_keeper(tmp_path), os.mkdir, []
