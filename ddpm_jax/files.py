@@ -291,7 +291,7 @@ def answer(path: epath.PathLike, ask: Callable[[], T], seconds: float | None = N
     except queue.Empty:
         if not _was_silent(path):
             _SILENT[_bucket(path)] = time.monotonic()
-        text = f"no answer within {limit:g} s; tried {len(tries) + 1} times"
+        text = f"no answer within {limit:.3g} s; tried {len(tries) + 1} times"
         text += f", last error: {tries[-1]}" if tries else ""
         raise TimeoutError(errno.ETIMEDOUT, text, str(path)) from None
     if isinstance(error, OSError) and tries:

@@ -1,8 +1,11 @@
 """Files that are whole or not there, metrics.jsonl and events on disks that fail."""
 
+import asyncio
+import concurrent.futures
 import errno
 import fcntl
 import json
+import logging
 import os
 import pathlib
 import resource
@@ -382,6 +385,48 @@ def test_a_remote_place_that_does_not_answer_is_an_error_in_time():
         files.answer("gs://b/run", never.wait, seconds=0.1)
     never.set()
     assert caught.value.filename == "gs://b/run"
+
+
+def test_a_bucket_that_has_just_not_answered_is_not_waited_for_as_long(monkeypatch):
+    """Whatever ends then has several files to write; other buckets may be well."""
+    monkeypatch.setattr(files, "_SILENT", {})
+    monkeypatch.setattr(files, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(files, "AGAIN_SECONDS", 0.1)
+    never = threading.Event()
+
+    def waited(path):
+        with pytest.raises(TimeoutError) as caught:
+            files.answer(path, never.wait)
+        return float(caught.value.strerror.split()[3])
+
+    found = [waited(path) for path in ("gs://b/x", "gs://b/y", "gs://c/x", "gs://b/x")]
+    assert found == [0.2, 0.1, 0.2, 0.1]
+    monkeypatch.setattr(files, "SILENT_SECONDS", 0.0)
+    assert waited("gs://b/x") == 0.2
+    never.set()
+
+
+def test_what_is_asked_at_the_same_time_counts_its_own_tries():
+    asyn = pytest.importorskip("fsspec.asyn")
+    log, both = logging.getLogger("gcsfs"), threading.Barrier(2)
+
+    async def fails(count):
+        for k in range(count):
+            log.debug("_request retrying after exception: %s", f"number {k}")
+            await asyncio.sleep(0.01)
+        raise ConnectionError("gone")
+
+    def ask(count):
+        both.wait(60)
+        asyn.sync(asyn.get_loop(), fails, count)
+
+    def work(count):
+        with pytest.raises(OSError, match=rf"gone \(tried {count + 1} times\)"):
+            files.answer(f"gs://b/{count}", lambda: ask(count), seconds=60)
+        return count
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        assert list(pool.map(work, (2, 5))) == [2, 5]
 
 
 def test_whatever_a_remote_place_raises_is_an_error_that_names_it():

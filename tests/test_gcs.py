@@ -6,6 +6,7 @@ What they leave is read here by plain HTTP.
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -55,9 +56,8 @@ class Bucket:
         urllib.request.urlopen(request).close()
 
 
-@pytest.fixture(scope="module")
-def port():
-    """The port of an empty bucket."""
+def serve():
+    """The process and the port of an empty bucket."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         number = free.getsockname()[1]
@@ -68,6 +68,13 @@ def port():
         stderr=subprocess.DEVNULL,
     )
     assert server.stdout.readline()
+    return server, number
+
+
+@pytest.fixture(scope="module")
+def port():
+    """The port of a bucket that is empty at first."""
+    server, number = serve()
     yield number
     server.communicate(timeout=60)
 
@@ -229,3 +236,53 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on_to_the_bit(bucket, tmp_path):
     ours, theirs = np.load(tmp_path / drawn), np.load(tmp_path / "theirs.npz")
     np.testing.assert_array_equal(ours["images"], theirs["images"])
     assert str(ours["protocol"]) == str(theirs["protocol"])  # Of the same parameters, by CRC-32.
+
+
+@pytest.mark.long
+def test_a_bucket_that_goes_away_in_mid_run_is_an_error_in_time(monkeypatch):
+    """Whatever the libraries below would go on trying for; and whatever is to be closed."""
+    server, port = serve()
+    for name, value in gcs.environment(port).items():
+        monkeypatch.setenv(name, value)
+    bucket = Bucket(port)
+    run = start(arguments("gs://bkt/run", train__steps=100_000, train__checkpoint_every=20))
+    deadline = time.monotonic() + 120
+    while not any("checkpoints/20/commit_success" in name for name in bucket.names("run/")):
+        assert time.monotonic() < deadline and run.poll() is None, run.communicate()
+        time.sleep(0.05)
+    server.kill()
+    began = time.monotonic()
+    output, errors = run.communicate(timeout=300)
+    assert time.monotonic() - began < 40, errors
+    assert run.returncode == 1, output
+    (error,) = (line for line in errors.splitlines() if line.startswith("error: "))
+    assert re.search(
+        r"gs://bkt/run.* no answer within 20 s; tried [3-9] times, last error: ", error
+    )
+    server.communicate()
+
+
+@pytest.mark.long
+def test_what_nobody_waits_for_is_not_written_later(port):
+    """It would come over what was written since."""
+    finished(start([], code="import test_gcs; test_gcs.give_up()"))
+
+
+def give_up():
+    """Writes to nobody, who comes when it is too late; in another process."""
+    import fsspec
+    import gcsfs
+
+    with socket.socket() as late:
+        late.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{late.getsockname()[1]}"
+        nobody = gcsfs.GCSFileSystem(token="anon", endpoint_url=address)
+        fsspec.filesystem = lambda *names, **settings: nobody
+        files.ANSWER_SECONDS = 2.0
+        with pytest.raises(TimeoutError, match=r"within 2 s; tried \d times, last error: Cannot"):
+            files.replace(epath.Path("gs://bkt/x"), b"x")
+        time.sleep(1.5)
+        late.listen()
+        late.settimeout(12)  # Left alone it tries at about 1.5, 4, 8.5 seconds.
+        with pytest.raises(TimeoutError):
+            late.accept()
