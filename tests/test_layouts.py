@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs_for_tests import ROOT, TINY, start
+from runs_for_tests import ROOT, TINY, arguments, assert_equal_states, final_state, start
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import RequestError
@@ -241,6 +241,32 @@ def test_several_hosts_give_the_numbers_of_one_device(runs, tmp_path, hosts):
     found = finished(processes, tmp_path)
     for name in names:
         assert_same(runs, found[name], f"{hosts} hosts, {name}")
+
+
+@pytest.mark.long
+def test_a_run_goes_on_in_another_mode_on_other_devices(tmp_path):
+    """By the command line: its checkpoints are those of every layout."""
+
+    def go(directory, devices, mode, steps, microbatches=1):
+        settings = {"train__steps": steps, "train__checkpoint_every": 10}
+        settings |= {"parallel__mode": mode, "parallel__microbatches": microbatches}
+        process = start(arguments(tmp_path / directory, **settings), devices)
+        assert process.wait(timeout=600) == 0, process.communicate()
+
+    go("whole", 1, "jit", 30)
+    go("moved", 4, "fsdp", 10)
+    go("moved", 2, "pmap", 20, microbatches=2)
+    go("moved", 1, "jit", 30)
+    go("fsdp", 4, "fsdp", 30)
+    go("again", 4, "fsdp", 10)
+    go("again", 4, "fsdp", 30)
+    whole, _ = final_state(tmp_path / "whole")
+    for name in ("moved", "fsdp"):
+        found, step = final_state(tmp_path / name)
+        assert step == 30
+        for leaf, value in found.items():
+            np.testing.assert_allclose(value, whole[leaf], rtol=0, atol=1e-5, err_msg=leaf)
+    assert_equal_states(final_state(tmp_path / "again")[0], final_state(tmp_path / "fsdp")[0])
 
 
 @pytest.mark.parametrize("mode", MODES)
