@@ -52,6 +52,7 @@ class Status:
       beat: another number each time.
       doing: in words.
       waited: seconds, for its images.
+      pace: the median and the longest of its last steps, seconds; [] before there were any.
       stop: whether it was asked to stop.
       failed: its exit code and why, where it ends itself; [] elsewhere.
       ended: whether it has left in good order.
@@ -60,6 +61,7 @@ class Status:
     beat: int = -1
     doing: str = ""
     waited: float = 0.0
+    pace: list[float] = dataclasses.field(default_factory=list)
     stop: bool = False
     failed: list[Any] = dataclasses.field(default_factory=list)
     ended: bool = False
@@ -193,6 +195,16 @@ class Session:
         """How many seconds each process has waited for its images, as last heard of."""
         heard = {k: status.waited for k, (status, _) in self._heard.items()}
         return {self.index: self.waited(), **heard}
+
+    def paces(self, own: list[float]) -> dict[int, list[float]]:
+        """The median and the longest step of each process, seconds, as last heard of.
+
+        Args:
+          own: those of this process, which the others are told.
+        """
+        self._own.pace = own
+        heard = {k: status.pace for k, (status, _) in self._heard.items() if status.pace}
+        return {self.index: own, **heard}
 
     def _tell(self) -> None:
         with self._telling:

@@ -19,6 +19,7 @@ from runs_for_tests import ROOT
 from ddpm_jax import hosts, session
 from ddpm_jax.config import RequestError
 from ddpm_jax.hosts import Place
+from ddpm_jax.training.lane import Lane
 
 PATIENCE = 60.0  # Seconds for what comes at once.
 
@@ -419,6 +420,31 @@ def test_each_knows_how_long_the_others_have_waited_for_their_images(sessions):
     two = sessions(2).all
     two[0].waited, two[1].waited = lambda: 1.5, lambda: 20.0
     wait_until(lambda: two[0].waits() == {0: 1.5, 1: 20.0})
+
+
+def test_the_slowest_of_all_hosts_and_its_step_are_in_each_line(sessions, monkeypatch):
+    one, other = sessions(2).all
+    assert other.paces([0.1, 0.9]) == {1: [0.1, 0.9]}
+    wait_until(lambda: 1 in one._heard and one._heard[1][0].pace)
+    lane = Lane.__new__(Lane)
+    lane._train = types.SimpleNamespace(batch_size=8, steps_per_call=2)
+    lane.rate = types.SimpleNamespace(rate=lambda step: 4.0)
+    lane.batches = types.SimpleNamespace(wait_seconds=0.0)
+    lane._durations, lane._waits = [], {}
+    for seconds in (0.2, 0.4, 1.2):
+        lane.took(seconds)  # Of two steps each.
+    monkeypatch.setattr(session, "current", lambda: one)
+    line = lane._speed(10)
+    assert (line["time/step_median"], line["time/step_median_host"]) == (0.2, 0)
+    assert (line["time/step_max"], line["time/step_max_host"]) == (0.9, 1)
+    wait_until(lambda: 0 in other.paces([0.1, 0.9]))
+    assert other.paces([0.1, 0.9]) == {0: pytest.approx([0.2, 0.6]), 1: [0.1, 0.9]}
+    monkeypatch.setattr(session, "current", lambda: None)
+    assert "time/step_max" not in lane._speed(20)  # There were no steps.
+    lane.took(0.2)
+    line = lane._speed(30)
+    assert (line["time/step_median"], line["time/step_max"]) == (0.1, 0.1)
+    assert not any(name.endswith("_host") for name in line)
 
 
 def wait_until(true):

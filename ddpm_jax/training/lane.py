@@ -236,23 +236,25 @@ class Lane:
             )
 
     def _speed(self, step: int) -> dict[str, float]:
-        """How fast it was since the last line, and which host waited longest for its images."""
-        rate = self.rate.rate(step)
+        """How fast it was since the last line, and which host was slowest, in all and in input."""
         scalars = {
-            "steps_per_second": rate,
+            "steps_per_second": (rate := self.rate.rate(step)),
             "images_per_second": rate * self._train.batch_size,
             "seconds_waiting_for_data": self.batches.wait_seconds,
         }
         self.batches.wait_seconds = 0.0
+        of_all = session.current()
         if self._durations:
-            scalars["time/step_median"] = float(np.median(self._durations))
-            scalars["time/step_max"] = max(self._durations)
+            pace = [float(np.median(self._durations)), max(self._durations)]
             self._durations.clear()
-        if of_all := session.current():
+            paces = of_all.paces(pace) if of_all else {0: pace}
+            for k, name in enumerate(("time/step_median", "time/step_max")):
+                scalars[name], slowest = max((paces[host][k], host) for host in paces)
+                scalars |= {f"{name}_host": slowest} if of_all else {}
+        if of_all:
             before, self._waits = self._waits, of_all.waits()
-            waits = {k: seconds - before.get(k, 0.0) for k, seconds in self._waits.items()}
-            slowest = max(waits, key=waits.get)
-            scalars |= {"time/input_max": waits[slowest], "time/input_max_host": slowest}
+            waits = ((seconds - before.get(k, 0.0), k) for k, seconds in self._waits.items())
+            scalars["time/input_max"], scalars["time/input_max_host"] = max(waits)
         return scalars
 
     def took(self, seconds: float) -> None:
