@@ -236,7 +236,7 @@ class Lane:
             )
 
     def _speed(self, step: int) -> dict[str, float]:
-        """How fast it was since the last line, and which host was slowest, in all and in input."""
+        """How fast it was since the last line, and which host waited longest for its images."""
         scalars = {
             "steps_per_second": (rate := self.rate.rate(step)),
             "images_per_second": rate * self._train.batch_size,
@@ -248,9 +248,9 @@ class Lane:
             pace = [float(np.median(self._durations)), max(self._durations)]
             self._durations.clear()
             paces = of_all.paces(pace) if of_all else {0: pace}
-            for k, name in enumerate(("time/step_median", "time/step_max")):
-                scalars[name], slowest = max((paces[host][k], host) for host in paces)
-                scalars |= {f"{name}_host": slowest} if of_all else {}
+            # Not whose: all hosts wait for the slowest one.
+            scalars["time/step_median"] = max(median for median, _ in paces.values())
+            scalars["time/step_max"] = max(longest for _, longest in paces.values())
         if of_all:
             before, self._waits = self._waits, of_all.waits()
             waits = ((seconds - before.get(k, 0.0), k) for k, seconds in self._waits.items())
