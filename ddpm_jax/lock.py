@@ -256,15 +256,14 @@ class RenewedLock(Lock):
         self._ended.set()
         if self._thread is not None:
             self._thread.join(POLL_SECONDS)
-        with contextlib.suppress(OSError), files.remote_errors(self._path):
+        with contextlib.suppress(OSError):
             if self._is_ours(self._read()):
-                self._path.unlink(missing_ok=True)
+                files.answer(self._path, lambda: self._path.unlink(missing_ok=True))
 
     def _read(self) -> dict[str, Any] | None:
         """What the file says; None where there is none, or an empty one: flock was tried there."""
         try:
-            with files.remote_errors(self._path):
-                data = self._path.read_bytes()
+            data = files.answer(self._path, self._path.read_bytes)
         except FileNotFoundError:
             return None
         return _parsed(data) if data else None

@@ -52,7 +52,7 @@ class Status:
       beat: another number each time.
       doing: in words.
       waited: seconds, for its images.
-      pace: the median and the longest of its last steps, seconds; [] before there were any.
+      pace: of its last steps, seconds, see `training.pace`; [] before there were any.
       stop: whether it was asked to stop.
       failed: its exit code and why, where it ends itself; [] elsewhere.
       ended: whether it has left in good order.
@@ -197,7 +197,7 @@ class Session:
         return {self.index: self.waited(), **heard}
 
     def paces(self, own: list[float]) -> dict[int, list[float]]:
-        """The median and the longest step of each process, seconds, as last heard of.
+        """How long the steps of each process took, seconds, as last heard of.
 
         Args:
           own: those of this process, which the others are told.

@@ -19,7 +19,7 @@ from runs_for_tests import ROOT
 from ddpm_jax import hosts, session
 from ddpm_jax.config import RequestError
 from ddpm_jax.hosts import Place
-from ddpm_jax.training.lane import Lane
+from ddpm_jax.training.pace import Pace
 
 PATIENCE = 60.0  # Seconds for what comes at once.
 
@@ -422,28 +422,33 @@ def test_each_knows_how_long_the_others_have_waited_for_their_images(sessions):
     wait_until(lambda: two[0].waits() == {0: 1.5, 1: 20.0})
 
 
-def test_the_longest_times_of_all_hosts_are_in_each_line(sessions, monkeypatch):
-    one, other = sessions(2).all
-    assert other.paces([0.1, 0.9]) == {1: [0.1, 0.9]}
-    wait_until(lambda: 1 in one._heard and one._heard[1][0].pace)
-    lane = Lane.__new__(Lane)
-    lane._train = types.SimpleNamespace(batch_size=8, steps_per_call=2)
-    lane.rate = types.SimpleNamespace(rate=lambda step: 4.0)
-    lane.batches = types.SimpleNamespace(wait_seconds=0.0)
-    lane._durations, lane._waits = [], {}
+def test_the_host_that_holds_the_others_up_is_in_each_line(sessions, monkeypatch):
+    """Both take as long as the slower one; the faster one waits for it where devices do."""
+    clocks = [types.SimpleNamespace(awaited=awaited) for awaited in (5.0, 0.0)]
+    paces = [Pace(clock, 2) for clock in clocks]
     for seconds in (0.2, 0.4, 1.2):
-        lane.took(seconds)  # Of two steps each.
-    monkeypatch.setattr(session, "current", lambda: one)
-    line = lane._speed(10)
-    assert (line["time/step_median"], line["time/step_max"]) == (0.2, 0.9)
-    wait_until(lambda: 0 in other.paces([0.1, 0.9]))
-    assert other.paces([0.1, 0.9]) == {0: pytest.approx([0.2, 0.6]), 1: [0.1, 0.9]}
+        for clock, pace, own in zip(clocks, paces, (0.1, 0.15), strict=True):
+            clock.awaited += seconds - own
+            pace.took(seconds)  # Of two steps.
+    two = sessions(2).all
+    monkeypatch.setattr(session, "current", lambda: two[1])
+    line = paces[1].scalars()
+    assert line == pytest.approx(
+        {"time/step_median": 0.2, "time/step_max": 0.6, "time/host_median": 0.075}
+        | {"time/host_median_host": 1}
+    )
+    wait_until(lambda: two[0]._heard[1][0].pace)
+    monkeypatch.setattr(session, "current", lambda: two[0])
+    assert paces[0].scalars() == pytest.approx(line)
+    assert paces[0].scalars() == {}  # There were no steps.
     monkeypatch.setattr(session, "current", lambda: None)
-    assert "time/step_max" not in lane._speed(20)  # There were no steps.
-    lane.took(0.2)
-    line = lane._speed(30)
-    assert (line["time/step_median"], line["time/step_max"]) == (0.1, 0.1)
-    assert not any(name.startswith("time/input") for name in line)
+    clocks[0].awaited = 0.0
+    with paces[0].awaiting():
+        time.sleep(0.01)
+    assert clocks[0].awaited >= 0.01
+    paces[0].took(0.2)
+    line = paces[0].scalars()
+    assert line["time/step_max"] == 0.1 and "time/host_median_host" not in line
 
 
 def wait_until(true):

@@ -41,6 +41,7 @@ class Clock:
 
     Attributes:
       step: where the training is, for `describe`.
+      awaited: seconds in which results of devices were waited for.
     """
 
     def __init__(self, started: float | None = None):
@@ -49,7 +50,7 @@ class Clock:
         Args:
           started: the monotonic time when the process began; now, unless given.
         """
-        self.step = 0
+        self.step, self.awaited = 0, 0.0
         self._phase, self._since = "start", time.monotonic() if started is None else started
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._thread = threading.get_ident()

@@ -27,6 +27,7 @@ from ddpm_jax.training.goodput import Clock, Lives
 from ddpm_jax.training.job import Job, initial_state, template
 from ddpm_jax.training.keeping import Keeper
 from ddpm_jax.training.metrics import NonFiniteError, Window, Writer
+from ddpm_jax.training.pace import Pace
 from ddpm_jax.training.pictures import Pictures
 from ddpm_jax.training.state import State
 
@@ -83,7 +84,7 @@ class Lane:
         self._window = Window(self._notes.get("window"))
         self._skipped: list[int] = self._notes.get("skipped", [])
         self.seen = self.step
-        self._durations: list[float] = []  # Of a step each, since the last line.
+        self._pace = Pace(clock, self._train.steps_per_call)
         self._waits: dict[int, float] = {}  # For images, of each host, at the last line.
         # The metrics of the call before: the host never waits for the device.
         self._waiting: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
@@ -204,7 +205,9 @@ class Lane:
 
     def _take(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Reads the metrics of a call, and writes a line where one is due."""
-        self._skip(self._window.add(step, jax.tree.map(to_host, metrics)))
+        with self._pace.awaiting():
+            numbers = jax.tree.map(to_host, metrics)
+        self._skip(self._window.add(step, numbers))
         self.loss = f"{self._window.loss:.4f}"
         self.seen = step
         if step % self._train.log_every == 0 or step == self._train.steps:
@@ -243,15 +246,8 @@ class Lane:
             "seconds_waiting_for_data": self.batches.wait_seconds,
         }
         self.batches.wait_seconds = 0.0
-        of_all = session.current()
-        if self._durations:
-            pace = [float(np.median(self._durations)), max(self._durations)]
-            self._durations.clear()
-            paces = of_all.paces(pace) if of_all else {0: pace}
-            # Not whose: all hosts wait for the slowest one.
-            scalars["time/step_median"] = max(median for median, _ in paces.values())
-            scalars["time/step_max"] = max(longest for _, longest in paces.values())
-        if of_all:
+        scalars |= self._pace.scalars()
+        if of_all := session.current():
             before, self._waits = self._waits, of_all.waits()
             waits = ((seconds - before.get(k, 0.0), k) for k, seconds in self._waits.items())
             scalars["time/input_max"], scalars["time/input_max_host"] = max(waits)
@@ -259,7 +255,7 @@ class Lane:
 
     def took(self, seconds: float) -> None:
         """Notes how long a call has taken."""
-        self._durations.append(seconds / self._train.steps_per_call)
+        self._pace.took(seconds)
 
     def act(self) -> bool:
         """Whatever is due at this step, but evaluations; whether it was not stopped meanwhile.
