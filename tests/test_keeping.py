@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pathlib
+import shutil
 import threading
 import time
 import types
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from orbax.checkpoint._src.metadata import checkpoint as orbax_metadata
 
 from ddpm_jax import config as config_lib
 from ddpm_jax import session
@@ -225,6 +227,51 @@ def test_all_hosts_come_to_the_same_about_a_checkpoint(saved, monkeypatch, whose
         assert [str(end).partition(" cannot")[0] for end in ends] == [
             f"process {whose}: {saved / '20'}"
         ] * 2
+
+
+# Checkpoints after one that could not be written.
+
+
+def test_what_goes_on_of_a_save_that_failed_is_not_the_next_ones(tmp_path, monkeypatch):
+    """The disk is full for Orbax's metadata, and threads of the save hear of it later."""
+    checkpoints, making = Checkpoints(tmp_path), os.mkdir
+
+    def slowly(path, *rest, **more):
+        if "meta.orbax-checkpoint-tmp" in str(path):
+            time.sleep(0.5)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        making(path, *rest, **more)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", slowly)
+        patch.setattr(orbax_metadata._MetadataStoreImpl, "write", full)
+        with pytest.raises(CheckpointError, match="No space left"):
+            checkpoints.save(10, state(1), {})
+            checkpoints.wait()
+        checkpoints._manager.check_for_errors()  # There are none.
+    checkpoints.save(20, state(2), {})
+    checkpoints.wait()
+    assert checkpoints.steps() == [20]
+    checkpoints.close()
+
+
+def test_what_was_never_whole_is_removed_though_somebody_still_adds_to_it(tmp_path, monkeypatch):
+    left = epath.Path(tmp_path / "5.orbax-checkpoint-tmp")
+    left.mkdir()
+    remove, tries = shutil.rmtree, []
+
+    def busy(path, *rest, **more):
+        tries.append(path)
+        if len(tries) < 3:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        remove(path, *rest, **more)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    Checkpoints(tmp_path, sweep=True).close()
+    assert not left.exists() and len(tries) == 3
 
 
 # The best one.

@@ -140,7 +140,7 @@ class Checkpoints:
         """Removes what was never whole: it takes the space that the next one needs."""
         if self._sweeps and jax.process_index() == 0:
             for left in files.matching(self._directory, f"*{_UNFINISHED}*"):
-                left.rmtree(missing_ok=True)
+                _remove(left)
 
     def poll(self) -> None:
         """What `wait` does, without waiting: while the last save goes on, nothing.
@@ -172,6 +172,9 @@ class Checkpoints:
                 except Exception as error:
                     problems.append(error)
             if problems:
+                if jax.process_count() == 1:  # Several hosts end now; they would wait for others.
+                    with contextlib.suppress(Exception):  # Orbax has waited for one of its threads.
+                        self._manager._checkpointer.wait_until_finished()
                 self._manager.reload()  # Else it believes that the step is there.
                 raise problems[0]
 
@@ -345,6 +348,16 @@ def _anybodys(step: int, reason: str | None) -> str | None:
         if theirs is not None:
             return theirs if len(reasons) == 1 else f"{session.current().name(index)}: {theirs}"
     return None
+
+
+def _remove(directory: epath.Path) -> None:
+    """Removes what is left of a save, to which threads of it may still add for a moment."""
+    for _ in range(20):
+        with contextlib.suppress(OSError):
+            directory.rmtree(missing_ok=True)
+            return
+        time.sleep(0.05)
+    directory.rmtree(missing_ok=True)
 
 
 @contextlib.contextmanager
