@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import io
+import logging
 import os
 import pathlib
 import sys
@@ -203,6 +204,10 @@ def reported(work: Callable[[], int]) -> int:
 
     On several hosts an error ends the process, and with it the others, which name this one.
     """
+    # Orbax tells of every file, and of each error before it raises it; of leaves that cannot be
+    # read it raises one's error, and asyncio tells of the others'.
+    for library in ("absl", "asyncio"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     with interruption.sigterm_as_ctrl_c():
         code, message = _outcome(work)
         of_all = session.current()

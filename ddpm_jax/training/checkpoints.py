@@ -29,6 +29,7 @@ from ddpm_jax.training.metrics import NonFiniteError
 from ddpm_jax.training.reading import UnreadError, first_line, patiently, raise_interrupts
 
 _STATE, _META = "state", "meta"
+ASK_SECONDS = 2.0  # Between two questions whether a bucket still answers, during a save.
 _UNFINISHED = ".orbax-checkpoint-tmp"  # In the name of a directory that is being written.
 
 T = TypeVar("T")
@@ -55,10 +56,6 @@ class Checkpoints:
           sweep: whether what saves that did not end have left there is removed, and damaged ones
             are set aside when an older one is restored, as only who saves there may do.
         """
-        # Orbax tells of every file, and of each error before it raises it.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
-        # Of the leaves that cannot be read it raises one's error, and forgets the others'.
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         self._directory = epath.Path(directory)
         if not files.is_remote(directory):  # Orbax reads absolute paths only.
             self._directory = self._directory.resolve()
@@ -162,7 +159,12 @@ class Checkpoints:
         saving, self.saving = self.saving, False
         with _write_errors(self._directory):
             # Of several hosts one that fails leaves the others waiting for it, and it for them.
-            while saving and jax.process_count() > 1 and self._in_progress():
+            remote, asked = files.is_remote(self._directory), time.monotonic()
+            while saving and (remote or jax.process_count() > 1) and self._in_progress():
+                if remote and time.monotonic() - asked > ASK_SECONDS:
+                    # What writes there goes on trying for very long, and says nothing.
+                    files.answer(self._directory, self._directory.exists)
+                    asked = time.monotonic()
                 time.sleep(0.05)
             problems = []
             # Both, or what is left of a failure would be the next save's.
@@ -174,7 +176,8 @@ class Checkpoints:
             if problems:
                 if jax.process_count() == 1:  # Several hosts end now; they would wait for others.
                     with contextlib.suppress(Exception):  # Orbax has waited for one of its threads.
-                        self._manager._checkpointer.wait_until_finished()
+                        rest = self._manager._checkpointer.wait_until_finished
+                        files.answer(self._directory, rest)
                 self._manager.reload()  # Else it believes that the step is there.
                 raise problems[0]
 
@@ -187,7 +190,7 @@ class Checkpoints:
     def close(self) -> None:
         """Lets go of the directory, without a word about failures: call `wait` first."""
         with contextlib.suppress(Exception):  # Of saves that failed, and were heard of.
-            self._manager.close()
+            files.answer(self._directory, self._manager.close)
 
     def restore(
         self,
