@@ -5,7 +5,9 @@
     python -m experiments.speed --only=train --contestants=ours,diffusers --out=runs/speed
 
 `train` and `sample` are seconds a step, `chain` is a whole chain of a batch, `start` the time from
-the shell to the first step of a training by the command line. Contestants run in processes of their
+the shell to the first step of a training by the command line, `input` what training waits for its
+images, `curves` what batch, width, resolution, T, devices and images cost, `accelerators` what the
+paper's runs would take on others, on paper. Contestants run in processes of their
 own, in turn (A B C, B C A, …), and are stopped while others are measured; ratios are those of a
 round. All of one network must have equal parameters, and equal losses at equal weights and inputs,
 but `lucidrains` (denoising-diffusion-pytorch as published), which is another network.
@@ -34,7 +36,8 @@ from experiments.speeding.contest import OURS
 from experiments.speeding.workloads import NETWORKS, Workload
 
 CONTESTS = ("train", "sample", "chain")
-PARTS = (*CONTESTS, "start")
+PARTS = (*CONTESTS, "start", "input", "curves", "accelerators")
+CURVES = "digits"  # The network of the cost curves, unless --networks names others alone.
 
 
 def default_backend() -> str:
@@ -83,6 +86,19 @@ def measure(
         from experiments.speeding import starts
 
         found["start"] = {network: starts.measure(network, say) for network in networks}
+    if "input" in parts:
+        from experiments.speeding import inputs
+
+        found["input"] = inputs.measure(say)
+    if "curves" in parts:
+        from experiments.speeding import curves
+
+        chosen = CURVES if CURVES in networks else networks[0]
+        found["curves"] = {"network": chosen, "points": curves.measure(chosen, say)}
+    if "accelerators" in parts:
+        from experiments.speeding import accelerators
+
+        found["accelerators"] = accelerators.measure(say)
     return found
 
 
@@ -134,6 +150,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         directory.mkdir(parents=True, exist_ok=True)
         files.replace(directory / "speed.json", json.dumps(found, indent=1) + "\n")
         files.replace(directory / "speed.md", text)
+        if "curves" in found:
+            from experiments.speeding import curves
+
+            picture = curves.figure(found["curves"]["network"], found["curves"]["points"])
+            files.replace(directory / "curves.png", picture)
+        say(f"written to {directory}: speed.json, speed.md, and curves.png of the curves")
         return 0
 
     return reported(whole)

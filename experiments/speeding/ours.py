@@ -24,7 +24,7 @@ from ddpm_jax.training.check import step_flops
 from ddpm_jax.training.job import initial_state, make_job
 from ddpm_jax.training.step import seeded_call
 from experiments.speeding.server import peak_bytes, serve
-from experiments.speeding.workloads import Workload, matmul_flops
+from experiments.speeding.workloads import Workload, network_flops
 
 
 class Ours:
@@ -65,14 +65,7 @@ class Ours:
 
     def flops(self) -> dict[str, float]:
         """Of a training step and of a pass through the network: by hand, and as XLA counts."""
-        batch, model = self.config.train.batch_size, self.job.task.model
-        x = jax.ShapeDtypeStruct((batch, *image_shape(self.config)), jnp.float32)
-        t = jax.ShapeDtypeStruct((batch,), jnp.int32)
-
-        def network(params: Any, x: jax.Array, t: jax.Array) -> jax.Array:
-            return model.apply({"params": params}, x, t)
-
-        once = matmul_flops(network, self.job.abstract.params, x, t)
+        once = network_flops(self.job)
         return {"train": 3 * once, "sample": once, "train_xla": step_flops(self.job)}
 
     def write_weights(self, directory: str) -> None:

@@ -6,7 +6,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments.speeding.accelerators import SHARES, SLICES
 from experiments.speeding.contest import ratio
+from experiments.speeding.inputs import STEP_SECONDS
 
 
 def tables(found: Mapping[str, Any]) -> str:
@@ -17,7 +19,43 @@ def tables(found: Mapping[str, Any]) -> str:
         lines += _contest(network, results)
     if "start" in found:
         lines += _starts(found["start"])
+    if "input" in found:
+        lines += _input(found["input"])
+    if "accelerators" in found:
+        lines += _accelerators(found["accelerators"])
     return "\n".join(lines)
+
+
+def _input(found: Mapping[str, Any]) -> list[str]:
+    rows = [
+        [
+            name,
+            str(one["batch"]),
+            "on the device" if one["resident"] else "read ahead",
+            f"{one['waiting']:.2%}",
+        ]
+        for name, one in found.items()
+    ]
+    lines = [f"Waiting for images, of a step of {STEP_SECONDS * 1000:.0f} ms:", ""]
+    return lines + _table(["images", "batch", "where", "waiting"], rows)
+
+
+def _accelerators(found: Mapping[str, Any]) -> list[str]:
+    shares = " / ".join(f"{share:.0%}" for share in SHARES)
+    head = ["config", "batch", "steps", "TFLOP a step", "GiB a step", *(s.name for s in SLICES)]
+    rows = [
+        [
+            path,
+            str(one["batch"]),
+            f"{one['steps']:,}",
+            f"{one['flops'] / 1e12:.2f}",
+            f"{one['bytes'] / 2**30:.1f}",
+            *(" / ".join(f"{hours:,.1f}" for hours in one["hours"][s.name]) for s in SLICES),
+        ]
+        for path, one in found.items()
+    ]
+    lines = [f"On paper: hours of a run where the FLOPs reach {shares} of the peak:", ""]
+    return lines + _table(head, rows)
 
 
 def _contest(network: str, results: Mapping[str, Any]) -> list[str]:

@@ -9,9 +9,13 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
+from jax.extend.core import jaxprs_in_params
 
 from ddpm_jax import config as config_lib
+from ddpm_jax.runs import image_shape
+from ddpm_jax.training.job import Job
 
 # Name → (config, batch on CPUs, batch on accelerators).
 NETWORKS = {
@@ -59,6 +63,16 @@ class Workload:
         return cls(**content)
 
 
+def network_flops(job: Job) -> int:
+    """`matmul_flops` of a pass of a job's batch through its network."""
+    batch, model = job.config.train.batch_size, job.task.model
+    x = jax.ShapeDtypeStruct((batch, *image_shape(job.config)), jnp.float32)
+    t = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    return matmul_flops(
+        lambda params, x, t: model.apply({"params": params}, x, t), job.abstract.params, x, t
+    )
+
+
 def matmul_flops(function: Any, *arguments: Any) -> int:
     """The floating-point operations of a function's convolutions and matrix products, by hand.
 
@@ -82,7 +96,7 @@ def _flops_of(jaxpr: Any) -> int:
             total += 2 * out * math.prod(shape[axis] for axis in contracted)
         else:
             # A branch for another platform is not run: that of `default` comes last.
-            inner = list(jax.core.jaxprs_in_params(equation.params))
+            inner = list(jaxprs_in_params(equation.params))
             chosen = inner[-1:] if equation.primitive.name in ("cond", "platform_index") else inner
             total += sum(_flops_of(one) for one in chosen)
     return total

@@ -1,0 +1,187 @@
+"""The measuring of speed: what is counted, who is compared with whom, and if it is one work."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax.training.job import make_job
+from experiments import speed
+from experiments.speeding import accelerators, contest, page, workloads
+from experiments.speeding.contest import DifferentWorkError, Result
+from experiments.speeding.server import Worker, WorkerError
+from experiments.speeding.workloads import Workload, matmul_flops
+
+ECHO = """
+import sys
+from experiments.speeding.server import serve
+
+def stop():
+    print("nothing that anybody asked for")  # No answer: libraries print what they like.
+    raise SystemExit("broken off")
+
+serve({"add": lambda a, b: a + b, "noise": lambda: print("noise"), "stop": stop})
+"""
+
+
+@pytest.fixture
+def echo(tmp_path, monkeypatch):
+    (tmp_path / "echo.py").write_text(ECHO)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{pathlib.Path(__file__).parents[2]}")
+    worker = Worker("echo", [], {})
+    yield worker
+    worker.close()
+
+
+def test_a_worker_answers_and_is_still_when_it_is_not_asked(echo):
+    assert echo.ask("add", a=1, b=2) == 3
+    state = pathlib.Path(f"/proc/{echo._process.pid}/stat")
+    limit = time.monotonic() + 60
+    while state.read_text().split()[2] != "T" and time.monotonic() < limit:  # Stopped.
+        time.sleep(0.01)
+    assert state.read_text().split()[2] == "T"
+    assert echo.ask("noise") is None
+    assert echo.ask("add", a="x", b="y") == "xy"
+    with pytest.raises(WorkerError, match="broken off"):
+        echo.ask("stop")
+
+
+def test_flops_of_convolutions_and_products_by_hand():
+    def function(x, kernel, a):
+        y = jax.lax.conv_general_dilated(
+            x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return y.sum() + jax.jit(lambda a: jnp.sin(a @ a.T))(a).sum()
+
+    shapes = (2, 8, 8, 3), (3, 3, 3, 5), (4, 6)
+    found = matmul_flops(function, *(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
+    assert found == 2 * (2 * 4 * 4 * 5 * 3 * 3 * 3) + 2 * (4 * 4 * 6)
+
+
+@pytest.mark.parametrize(("network", "gflops"), [("cifar10", 12.444), ("small", 0.843)])
+def test_a_pass_through_the_paper_s_network_costs_what_it_does_by_hand(network, gflops):
+    """The figures were counted layer by layer, apart from this code."""
+    job = make_job(Workload(network, 2).config)
+    assert workloads.network_flops(job) / 2e9 == pytest.approx(gflops, abs=6e-4)
+
+
+def test_a_workload_comes_through_a_command_line():
+    one = Workload("digits", 16, "bfloat16", (("model.channels", "8"),))
+    again = Workload.from_json(one.to_json())
+    assert again == one
+    config = again.config
+    assert (config.train.batch_size, config.sample.batch_size) == (16, 16)
+    assert (config.model.dtype, config.model.channels) == ("bfloat16", 8)
+
+
+def result(name, loss, parameters=10):
+    return Result(name, {"parameters": parameters}, loss, cold=9.0, warm=3.0)
+
+
+def test_other_work_is_no_contest():
+    ours = result("ours", 1.0)
+    contest.check_equal_work([ours, result("diffusers", 1.00005), result("lucidrains", None, 7)])
+    contest.check_equal_work([ours, result("diffusers+bf16", 1.01)])
+    for other in (result("diffusers", 1.001), result("diffusers", float("nan"))):
+        with pytest.raises(DifferentWorkError, match="at equal weights and inputs the loss of"):
+            contest.check_equal_work([ours, other])
+    with pytest.raises(DifferentWorkError, match="diffusers has 11 parameters, ours 10"):
+        contest.check_equal_work([ours, result("diffusers", 1.0, 11)])
+
+
+class FakeWorker:
+    """Takes as long as it is told, and notes who was asked when."""
+
+    def __init__(self, name, seconds, asked):
+        self.name, self.seconds, self.asked = name, seconds, asked
+
+    def ask(self, what, **arguments):
+        self.asked.append((self.name, what, arguments.get("steps")))
+        return {"train": self.seconds, "sample": 2 * self.seconds, "memory": 5, "matrix": 1e9}.get(
+            what, 1.0
+        )
+
+
+def test_contestants_take_turns_in_another_order_each_round():
+    asked, names = [], ("ours", "one", "two")
+    workers = {name: FakeWorker(name, i + 1.0, asked) for i, name in enumerate(names)}
+    results = {name: result(name, 1.0) for name in names}
+    contest._rounds("train", Workload("digits", 64), workers, results, 3, lambda line: None)
+    turns = [name for name, what, _ in asked if what == "train"][3:]
+    assert turns == ["ours", "one", "two", "one", "two", "ours", "two", "ours", "one"]
+    steps = {name: n for name, what, n in asked[3:] if what == "train"}
+    assert steps == {"ours": 5, "one": 2, "two": 2}  # As many as take about equally long.
+    assert results["two"].train == [3.0] * 3 and results["two"].memory == 5
+    assert contest.ratio(results["ours"].train, results["two"].train) == pytest.approx([1 / 3] * 3)
+
+
+def test_ratios_are_those_of_a_round():
+    assert contest.ratio([1.0, 4.0, 9.0], [2.0, 2.0, 2.0]) == (2.0, 0.5, 4.5)
+
+
+def test_a_step_on_paper():
+    """Compute-bound, then memory-bound; with the ring's two passes of what each chip holds."""
+    on = accelerators.Slice("made", 4, 100e12, 1e12, 50e9)
+    ring = 2 * 3 / 4 * 1e9 / 50e9
+    assert accelerators.step_seconds(8e12, 1e9, 1e9, on, 0.5) == pytest.approx(0.04 + ring)
+    assert accelerators.step_seconds(8e9, 8e12, 1e9, on, 0.5) == pytest.approx(2.0 + ring)
+
+
+def test_the_tables_name_what_was_measured():
+    one, other = result("ours", 1.0), result("diffusers", 1.0)
+    for each, seconds in ((one, 0.5), (other, 1.0)):
+        each.train, each.sample, each.evaluate = [seconds] * 3, [seconds] * 3, [seconds] * 3
+        each.matrix, each.memory = [100e9] * 3, 2**30
+    found = {
+        "hardware": {"processor": "a CPU", "cores": 2, "python": "3.11"},
+        "networks": {
+            "digits": {
+                "batch": 64,
+                "flops": {"train": 30e9, "train_xla": 25e9, "sample": 10e9},
+                "contestants": [vars(one), vars(other)],
+            }
+        },
+        "start": {"digits": {"cold": 20.0, "warm": 4.0}},
+        "input": {"digits": {"batch": 64, "resident": True, "waiting": 0.004}},
+    }
+    text = page.tables(json.loads(json.dumps(found)))
+    (row,) = [line for line in text.splitlines() if line.startswith("| diffusers")]
+    assert "| 1 (1–1) | 0.50 (0.50–0.50) |" in row and "30.0 (30% of 100)" in row
+    assert "| digits | 20.0 | 4.0 |" in text and "| digits | 64 | on the device | 0.40% |" in text
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--only=train,speeed", "--only=speeed: choose from train, sample, chain, start"),
+        ("--networks=imagenet", "--networks=imagenet: choose from digits, small, cifar10"),
+        ("--rounds=0", "--rounds=0: at least 1"),
+        ("--contestants=diffusers", "--contestants: ours goes first"),
+    ],
+)
+def test_bad_requests_are_one_line(flag, message, capsys, monkeypatch):
+    monkeypatch.setattr(speed, "default_backend", lambda: "cpu")
+    assert speed.main([flag]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.long
+def test_a_whole_contest(tmp_path):
+    """With diffusers: the same parameters, and the same loss at the same weights."""
+    pytest.importorskip("diffusers")
+    command = [sys.executable, "-m", "experiments.speed", "--only=train,sample", "--rounds=1"]
+    command += ["--networks=digits", "--contestants=ours,diffusers", f"--out={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "speed.json").read_text())
+    ours, theirs = found["networks"]["digits"]["contestants"]
+    assert ours["about"]["parameters"] == theirs["about"]["parameters"] == 701_345
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    assert np.isfinite([ours["cold"], ours["warm"], *ours["train"], *theirs["sample"]]).all()
