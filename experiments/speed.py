@@ -43,7 +43,8 @@ CURVES = "digits"  # The network of the cost curves, unless --networks names oth
 def default_backend() -> str:
     """The platform that JAX would take, without taking it in this process."""
     command = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
+    return done.stdout.split()[-1]
 
 
 def hardware() -> dict[str, Any]:

@@ -84,16 +84,11 @@ def test_with_skip_its_update_is_left_out_and_nothing_else(tmp_path, capsys, mon
     with monkeypatch.context() as patch:
         make_a_batch_fail(patch, {2, 6})
         assert train(tmp_path, **settings) == 0
-        # And gone on with from between the two.
-        assert train(tmp_path / "b", **settings | {"train__steps": 5}) == 0
-        assert train(tmp_path / "b", **settings) == 0
     said = capsys.readouterr().out
     assert "step 3: loss or gradient not finite; the update is left out" in said
     assert "step 7: loss or gradient not finite; the update is left out" in said
     state, step = final_state(tmp_path)
     assert step == 10
-    assert_equal_states(state, final_state(tmp_path / "b")[0])
-    assert lines(tmp_path) == lines(tmp_path / "b")
     assert [line["skipped_updates"] for line in lines(tmp_path)] == [1, 2]
 
     job = make_job(runs.RunDirectory.of(tmp_path).load_config())
@@ -115,6 +110,17 @@ def test_with_skip_its_update_is_left_out_and_nothing_else(tmp_path, capsys, mon
             state[jax.tree_util.keystr(path)], leaf, rtol=1e-5, atol=1e-6, err_msg=str(path)
         )
     np.testing.assert_allclose(lines(tmp_path)[0]["loss"], np.mean(losses[:4]), rtol=1e-5)
+
+
+@pytest.mark.long
+def test_a_run_goes_on_between_updates_that_are_left_out(tmp_path, monkeypatch):
+    settings = {"train__steps": 10, "train__checkpoint_every": 5, "train__nonfinite": "skip"}
+    make_a_batch_fail(monkeypatch, {2, 6})
+    assert train(tmp_path / "whole", **settings) == 0
+    assert train(tmp_path / "parts", **settings | {"train__steps": 5}) == 0
+    assert train(tmp_path / "parts", **settings) == 0
+    assert_equal_states(final_state(tmp_path / "whole")[0], final_state(tmp_path / "parts")[0])
+    assert lines(tmp_path / "whole") == lines(tmp_path / "parts")
 
 
 def test_with_too_many_of_them_it_stops_all_the_same(tmp_path, capsys, monkeypatch):
@@ -386,10 +392,10 @@ def test_a_start_that_was_told_to_end_and_then_killed_has_not_failed(tmp_path):
 
 
 def test_a_signal_while_images_do_not_come_saves_what_was_trained(tmp_path, monkeypatch):
-    read, call = Batches._read, Batches.__call__
+    read, call, ended = Batches._read, Batches.__call__, threading.Event()
 
     def reading(self, step):
-        return time.sleep(600) if step == 5 else read(self, step)
+        return ended.wait(600) if step == 5 else read(self, step)
 
     def calling(self, step):
         if step == 5:
@@ -400,6 +406,7 @@ def test_a_signal_while_images_do_not_come_saves_what_was_trained(tmp_path, monk
         patch.setattr(Batches, "_read", reading)
         patch.setattr(Batches, "__call__", calling)
         assert train(tmp_path, data__resident_bytes=0) == 75
+    ended.set()
     assert final_state(tmp_path)[1] == 5
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import interop, keys, losses
+from ddpm_jax import bounded, interop, keys, losses
 from ddpm_jax.data import to_float
 from ddpm_jax.generation import compile_sampler
 from ddpm_jax.main import use_compilation_cache
@@ -80,7 +80,7 @@ class Ours:
     def loss(self, directory: str) -> float:
         """L_simple without dropout, at these weights, of the images, t and noise of inputs.npz."""
         model, params = interop.load_diffusers(directory)
-        inputs = np.load(f"{directory}/inputs.npz")
+        inputs = bounded.read_arrays(f"{directory}/inputs.npz")
         model = self.job.task.model
         network = jax.jit(lambda p, x, t: model.apply({"params": p}, x, t))
         process = self.job.task.process

@@ -18,7 +18,7 @@ import ml_collections
 import numpy as np
 import torch
 
-from ddpm_jax import interop
+from ddpm_jax import bounded, interop
 from ddpm_jax.config import make_process
 from ddpm_jax.runs import image_shape, make_model
 from experiments.speeding.server import peak_bytes, serve
@@ -163,7 +163,7 @@ class Peer:
         before = {k: v.clone() for k, v in self.method.network.state_dict().items()}
         self.method.network.load_state_dict(load_file(f"{directory}/{interop.WEIGHTS_FILE}"))
         self.method.network.eval()
-        inputs = np.load(f"{directory}/inputs.npz")
+        inputs = bounded.read_arrays(f"{directory}/inputs.npz")
 
         def channels_first(x: np.ndarray) -> torch.Tensor:
             moved = torch.from_numpy(x).permute(0, 3, 1, 2).to(DEVICE)
