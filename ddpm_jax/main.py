@@ -12,6 +12,7 @@ import io
 import logging
 import os
 import pathlib
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -293,6 +294,8 @@ def use_compilation_cache() -> None:
 
 if __name__ == "__main__":
     exit_code = main(started=goodput.process_start())
+    for number in interruption.SIGNALS:  # There is nothing left to stop, but an end to be hastened.
+        signal.signal(number, lambda *_: os._exit(exit_code))
     if exit_code and session.current() is None:  # Threads of what was broken off have much to say.
         sys.stdout.flush()
         sys.stderr.flush()

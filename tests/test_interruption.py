@@ -171,6 +171,23 @@ with Watch(hang_seconds=1.0) as watch:
     assert "in stuck_here" in errors
 
 
+def test_a_signal_when_all_is_done_is_no_error():
+    """While Python lets go of what it has, where others' handlers would show a traceback."""
+    code = """
+import atexit, runpy
+from ddpm_jax.training import check
+check.report = lambda config: "up"
+atexit.register(lambda: (print("ending", flush=True), time.sleep(600)))
+sys.argv[1:] = ["--mode=check", "--config=configs/digits.py"]
+runpy.run_module("ddpm_jax.main", run_name="__main__", alter_sys=True)
+"""
+    process = started(code)
+    assert process.stdout.readline() == "ending\n"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0 and not errors
+
+
 def test_a_watch_that_is_closed_leaves_signals_as_they_were():
     code = """
 import signal
