@@ -18,7 +18,7 @@ from ddpm_jax.config import RequestError
 from ddpm_jax.data import to_uint8
 from ddpm_jax.diffusion import Process
 from ddpm_jax.models import UNet
-from ddpm_jax.parallel import Layout, first_hosts, to_host, wait_for_all
+from ddpm_jax.parallel import Layout, first_hosts, network_jit, to_host, wait_for_all
 from ddpm_jax.parts import collect, read
 from ddpm_jax.runs import Run, fingerprint, image_shape
 from ddpm_jax.training.metrics import NonFiniteError
@@ -84,7 +84,7 @@ def compile_sampler(
     one = layout.split(0)
     split = Drawn(one, one, one, layout.split(1) if x0_at else None)
     placed = layout.replicated, params_sharding, one
-    compiled = jax.jit(sampler, in_shardings=placed, out_shardings=split)
+    compiled = network_jit(sampler, in_shardings=placed, out_shardings=split)
     return functools.partial(compiled, np.int32(config.seed))  # One program serves all seeds.
 
 

@@ -41,7 +41,7 @@ from ddpm_jax.data import Source, open_source, to_float
 from ddpm_jax.evaluation import reference, requests
 from ddpm_jax.evaluation.manifest import Measured
 from ddpm_jax.generation import padded_batch
-from ddpm_jax.parallel import from_host, to_host
+from ddpm_jax.parallel import from_host, network_jit, to_host
 from ddpm_jax.parts import Arrays
 from ddpm_jax.training.metrics import NonFiniteError
 from experiments import common, masking
@@ -162,7 +162,7 @@ def bits_saved(study: common.Study, setup: Setup, images: np.ndarray) -> np.ndar
         return jax.lax.map(of_draw, jnp.arange(e.draws)).mean(axis=0)
 
     one = run.layout.split(0)
-    compiled = jax.jit(saved, in_shardings=(run.params_sharding, one, one), out_shardings=one)
+    compiled = network_jit(saved, in_shardings=(run.params_sharding, one, one), out_shardings=one)
 
     def piece(start: int, length: int) -> Arrays:
         number = np.minimum(np.arange(start, start + batch), start + length - 1)

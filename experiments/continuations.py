@@ -16,7 +16,7 @@ from ddpm_jax import sampling
 from ddpm_jax.data import to_uint8
 from ddpm_jax.diffusion import Process, p_distribution
 from ddpm_jax.generation import padded_batch
-from ddpm_jax.parallel import to_host
+from ddpm_jax.parallel import network_jit, to_host
 from ddpm_jax.parts import Arrays
 from ddpm_jax.runs import Run, image_shape
 from ddpm_jax.training.metrics import NonFiniteError
@@ -162,7 +162,7 @@ def compile_advance(run: Run, process: Process) -> Callable[..., jax.Array]:
 
         return jax.lax.while_loop(lambda state: state[1] > stop, body, (x, start))[0]
 
-    return jax.jit(
+    return network_jit(
         advance, in_shardings=(run.params_sharding, one, one, None, None), out_shardings=one
     )
 
@@ -176,4 +176,4 @@ def compile_x0_hat(run: Run, process: Process) -> Callable[..., jax.Array]:
         return p_distribution(process, output, x_t, t, run.config.sample.clip)[1]
 
     one = run.layout.split(0)
-    return jax.jit(x0_hat, in_shardings=(run.params_sharding, one, None), out_shardings=one)
+    return network_jit(x0_hat, in_shardings=(run.params_sharding, one, None), out_shardings=one)

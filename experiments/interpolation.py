@@ -39,7 +39,7 @@ from ddpm_jax.data import Source, to_float, to_uint8
 from ddpm_jax.diffusion import Process
 from ddpm_jax.evaluation import cost, reference, requests
 from ddpm_jax.generation import padded_batch
-from ddpm_jax.parallel import from_host, to_host
+from ddpm_jax.parallel import from_host, network_jit, to_host
 from ddpm_jax.parts import Arrays
 from ddpm_jax.runs import Run
 from ddpm_jax.training.metrics import NonFiniteError
@@ -218,7 +218,7 @@ def compile_decoder(
 
     one = run.layout.split(0)
     shardings = run.params_sharding, one, one
-    return jax.jit(decoder, in_shardings=shardings, out_shardings=run.layout.split(1))
+    return network_jit(decoder, in_shardings=shardings, out_shardings=run.layout.split(1))
 
 
 def measure(sources: np.ndarray, images: np.ndarray) -> dict[str, float | None]:

@@ -19,7 +19,7 @@ from ddpm_jax.diffusion import Process, at, p_distribution, q_sample, split_outp
 from ddpm_jax.evaluation import bound as bounds
 from ddpm_jax.evaluation import cost, reference
 from ddpm_jax.generation import padded_batch
-from ddpm_jax.parallel import from_host, to_host
+from ddpm_jax.parallel import from_host, network_jit, to_host
 from ddpm_jax.runs import Run, image_shape
 from ddpm_jax.training.metrics import NonFiniteError
 from experiments import common
@@ -112,7 +112,7 @@ def compile_errors(
         return {"times": times, "prior": prior, **by_name}
 
     one = run.layout.split(0)
-    compiled = jax.jit(compute, in_shardings=(run.params_sharding, one, one), out_shardings=one)
+    compiled = network_jit(compute, in_shardings=(run.params_sharding, one, one), out_shardings=one)
 
     def on_host(images: np.ndarray, indices: np.ndarray) -> parts.Arrays:
         placed = from_host(images, one), from_host(indices.astype(np.int32), one)

@@ -20,6 +20,7 @@ import pytest
 from runs_for_tests import ROOT, TINY, arguments, assert_equal_states, final_state, start
 
 from ddpm_jax import config as config_lib
+from ddpm_jax import parallel
 from ddpm_jax.config import RequestError
 from ddpm_jax.data import Batches, open_source
 from ddpm_jax.evaluation.bound import compile_terms
@@ -340,3 +341,18 @@ def again():
     config = small_config()
     config.parallel.remat = True
     return config
+
+
+def test_the_compiler_s_options_are_those_of_its_version_and_the_user_s_go_first(monkeypatch):
+    """That XLA takes them is seen by every test that compiles a step."""
+    monkeypatch.setattr(parallel.jax, "jit", lambda function, **how: how)
+    monkeypatch.setattr(parallel.jaxlib.version, "__version__", "0.10.2")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+    option = "xla_cpu_experimental_ynn_fusion_type"
+    ours = {"compiler_options": {option: "LIBRARY_FUSION_TYPE_DOT"}, "donate_argnums": 0}
+    assert parallel.network_jit(len, donate_argnums=0) == ours
+    monkeypatch.setenv("XLA_FLAGS", f"--{option}=eltwise")
+    assert parallel.network_jit(len) == {"compiler_options": {}}
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(parallel.jaxlib.version, "__version__", "0.11.0")
+    assert parallel.network_jit(len) == {"compiler_options": {}}

@@ -18,7 +18,7 @@ from ddpm_jax import keys as keys_lib
 from ddpm_jax import likelihood
 from ddpm_jax.data import to_float
 from ddpm_jax.diffusion import Process
-from ddpm_jax.parallel import Layout, from_host, make_layout, to_host
+from ddpm_jax.parallel import Layout, from_host, make_layout, network_jit, to_host
 from ddpm_jax.parts import collect
 from ddpm_jax.training.metrics import NonFiniteError
 
@@ -77,7 +77,7 @@ def compile_terms(
         return Terms(times, *found, likelihood.prior_term(process.schedule, x0))
 
     one = layout.split(0)
-    compiled = jax.jit(
+    compiled = network_jit(
         compute,
         in_shardings=(params_sharding, one, one, layout.replicated, layout.replicated),
         out_shardings=Terms(one, one, one, one, one),

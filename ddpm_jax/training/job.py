@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import ml_collections
+import numpy as np
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.evaluation import names
@@ -24,11 +25,19 @@ class Job:
     layout: Layout
     task: Task
     abstract: State  # Shapes, dtypes and shardings of the state.
+    initial: Callable[[jax.Array], State]  # `initial_state`, traced once for shapes and values.
 
     @property
     def sharding(self) -> State:
         """The sharding of each leaf of the state."""
         return jax.tree.map(lambda x: x.sharding, self.abstract)
+
+    def start(self) -> State:
+        """The state before the first step, where it lies; compiled here."""
+        # Run once: not worth the compiler's optimisations, which take longer than all of it.
+        quick = {"xla_backend_optimization_level": 0}
+        start = jax.jit(self.initial, out_shardings=self.sharding, compiler_options=quick)
+        return start(np.int32(self.config.seed))
 
 
 def make_job(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> Job:
@@ -58,13 +67,14 @@ def make_job(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | 
         microbatches=config.parallel.microbatches,
         skip_nonfinite=config.train.nonfinite == "skip",
     )
-    shapes = jax.eval_shape(initial_state(config, task), 0)
+    initial = jax.jit(initial_state(config, task))
+    shapes = jax.eval_shape(initial, np.int32(0))
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         shapes,
         layout.state(shapes),
     )
-    return Job(config, layout, task, abstract)
+    return Job(config, layout, task, abstract, initial)
 
 
 def initial_state(

@@ -24,7 +24,7 @@ from ddpm_jax.progress import Progress
 from ddpm_jax.runs import RunDirectory
 from ddpm_jax.sampling import Samples
 from ddpm_jax.training.goodput import Clock, Lives
-from ddpm_jax.training.job import Job, initial_state, template
+from ddpm_jax.training.job import Job, template
 from ddpm_jax.training.keeping import Keeper
 from ddpm_jax.training.metrics import NonFiniteError, Window, Writer
 from ddpm_jax.training.pace import Pace
@@ -104,11 +104,7 @@ class Lane:
     def _restored(self) -> tuple[State, int, dict[str, Any]]:
         found = self._keeper.restore(self.job.abstract)
         if found is None:
-            initial = initial_state(self.job.config, self.job.task)
-            # Run once: not worth the compiler's optimisations, which take longer than all of it.
-            quick = {"xla_backend_optimization_level": 0}
-            start = jax.jit(initial, out_shardings=self.job.sharding, compiler_options=quick)
-            return start(np.int32(self.job.config.seed)), 0, {}
+            return self.job.start(), 0, {}
         self._say(f"going on from step {found[1]}")
         return found
 

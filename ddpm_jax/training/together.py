@@ -23,7 +23,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax import session
 from ddpm_jax.config import RequestError
 from ddpm_jax.data import nbytes, open_source, resident_gather
-from ddpm_jax.parallel import Layout
+from ddpm_jax.parallel import Layout, network_jit
 from ddpm_jax.runs import RunDirectory
 from ddpm_jax.training.job import Job, make_job
 from ddpm_jax.training.lane import Lane
@@ -92,7 +92,7 @@ def compile_together(
     """
     bodies = {"unrolled": _unrolled, "vmap": _vmapped}
     n, images, whole = len(seeds), layout.split(1), layout.replicated
-    program = jax.jit(
+    program = network_jit(
         functools.partial(bodies[form or form_of(layout)], task),
         in_shardings=(whole, [state_sharding] * n, [images] * n),
         out_shardings=([state_sharding] * n, [whole] * n),

@@ -31,7 +31,7 @@ from ddpm_jax.parallel import compile_call, from_host, to_host
 from ddpm_jax.runs import RunDirectory
 from ddpm_jax.training import goodput
 from ddpm_jax.training.checkpoints import Checkpoints
-from ddpm_jax.training.job import Job, initial_state, make_job
+from ddpm_jax.training.job import Job, make_job
 from ddpm_jax.training.state import State
 from ddpm_jax.training.step import seeded_call
 
@@ -70,7 +70,7 @@ def verify(
             say("NO WHOLE CHECKPOINT of a run that has come further than its start")
             whole = False
         say("there is no checkpoint to begin from: the steps are trained from the start")
-        state = jax.jit(initial_state(config, job.task), out_shardings=job.sharding)(config.seed)
+        state = job.start()
     kept = _check_numbers(job, source, state, say)
     say("all is well" if whole and kept else "NOT all is well: see above")
     return whole and kept

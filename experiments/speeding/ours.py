@@ -21,7 +21,7 @@ from ddpm_jax.main import use_compilation_cache
 from ddpm_jax.parallel import compile_call
 from ddpm_jax.runs import image_shape
 from ddpm_jax.training.check import step_flops
-from ddpm_jax.training.job import initial_state, make_job
+from ddpm_jax.training.job import make_job
 from ddpm_jax.training.step import seeded_call
 from experiments.speeding.server import peak_bytes, serve
 from experiments.speeding.workloads import Workload, network_flops
@@ -47,10 +47,7 @@ class Ours:
 
     def _started(self) -> Any:
         if self._state is None:
-            initial = initial_state(self.config, self.job.task)
-            quick = {"xla_backend_optimization_level": 0}
-            start = jax.jit(initial, out_shardings=self.job.sharding, compiler_options=quick)
-            self._state = start(np.int32(0))
+            self._state = self.job.start()
         return self._state
 
     def describe(self) -> dict[str, Any]:
