@@ -189,7 +189,7 @@ def test_a_host_that_cannot_save_ends_both_and_the_slow_one_is_named(tmp_path):
     assert re.search(rf"process 1 on \S+ has stopped: {re.escape(wanted)}", outputs[0][1])
     assert final_state(tmp_path / "run")[1] == 5
     record = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
-    assert record["time/input_max_host"] == record["time/host_median_host"] == 1
+    assert record["time/input_max_host"] == 1
 
 
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused(tmp_path):
