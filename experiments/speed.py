@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             picture = curves.figure(found["curves"]["network"], found["curves"]["points"])
             files.replace(directory / "curves.png", picture)
-        say(f"written to {directory}: speed.json, speed.md, and curves.png of the curves")
+        say(f"written to {directory}")
         return 0
 
     return reported(whole)

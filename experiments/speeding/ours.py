@@ -18,7 +18,7 @@ from ddpm_jax import bounded, interop, keys, losses
 from ddpm_jax.data import to_float
 from ddpm_jax.generation import compile_sampler
 from ddpm_jax.main import use_compilation_cache
-from ddpm_jax.parallel import compile_call
+from ddpm_jax.parallel import compile_call, network_jit
 from ddpm_jax.runs import image_shape
 from ddpm_jax.training.check import step_flops
 from ddpm_jax.training.job import make_job
@@ -126,7 +126,7 @@ class Ours:
 
                 return jax.lax.scan(body, x, times)[0]
 
-            self._passes = jax.jit(passes)
+            self._passes = network_jit(passes)
         batch = self.config.train.batch_size
         x = keys.normal(keys.example_keys(0, "sample", 0, jnp.arange(batch)), 0, shape)
         times = jnp.arange(steps, 0, -1)
