@@ -32,7 +32,8 @@ from ddpm_jax import files
 from ddpm_jax.config import RequestError
 from ddpm_jax.main import Parser, reported
 from experiments.speeding import contest, page
-from experiments.speeding.contest import OURS
+from experiments.speeding.contest import DifferentWorkError
+from experiments.speeding.server import WorkerError
 from experiments.speeding.workloads import NETWORKS, Workload
 
 CONTESTS = ("train", "sample", "chain")
@@ -67,8 +68,15 @@ def measure(
     rounds: int,
     on_accelerator: bool,
     say: Callable[[str], None],
-) -> dict[str, Any]:
-    """All that was asked for, as JSON can say it."""
+    keep: Callable[[dict[str, Any]], None],
+) -> None:
+    """All that was asked for, as JSON can say it.
+
+    Args:
+      keep: called with all that is known so far, when there is more of it.
+    Raises:
+      DifferentWorkError, WorkerError: see `contest.compete` and `starts.measure`.
+    """
     found: dict[str, Any] = {"hardware": hardware(), "networks": {}}
     for network in networks:
         workload = Workload(network, NETWORKS[network][2 if on_accelerator else 1])
@@ -83,24 +91,28 @@ def measure(
                 "flops": flops,
                 "contestants": [vars(result) for result in results],
             }
+            keep(found)
     if "start" in parts:
         from experiments.speeding import starts
 
         found["start"] = {network: starts.measure(network, say) for network in networks}
+        keep(found)
     if "input" in parts:
         from experiments.speeding import inputs
 
         found["input"] = inputs.measure(say)
+        keep(found)
     if "curves" in parts:
         from experiments.speeding import curves
 
         chosen = CURVES if CURVES in networks else networks[0]
         found["curves"] = {"network": chosen, "points": curves.measure(chosen, say)}
+        keep(found)
     if "accelerators" in parts:
         from experiments.speeding import accelerators
 
         found["accelerators"] = accelerators.measure(say)
-    return found
+        keep(found)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -138,25 +150,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         on_accelerator = default_backend() != "cpu"
         names = flags.contestants.split(",") if flags.contestants else []
         names = names or contest.contestants(on_accelerator)
-        if not names[0].startswith(OURS):
-            raise RequestError("--contestants: ours goes first")
+        contest.check_names(names)
+        directory = epath.Path(flags.out)
 
         def say(line: str) -> None:
             print(line, flush=True)
 
-        found = measure(flags.only, flags.networks, names, flags.rounds, on_accelerator, say)
-        text = page.tables(found)
-        say(f"\n{text}")
-        directory = epath.Path(flags.out)
-        directory.mkdir(parents=True, exist_ok=True)
-        files.replace(directory / "speed.json", json.dumps(found, indent=1) + "\n")
-        files.replace(directory / "speed.md", text)
-        if "curves" in found:
-            from experiments.speeding import curves
+        def keep(found: dict[str, Any]) -> None:
+            files.replace(directory / "speed.json", json.dumps(found, indent=1) + "\n")
+            files.replace(directory / "speed.md", page.tables(found))
+            if "curves" in found:
+                from experiments.speeding import curves
 
-            picture = curves.figure(found["curves"]["network"], found["curves"]["points"])
-            files.replace(directory / "curves.png", picture)
-        say(f"written to {directory}")
+                picture = curves.figure(found["curves"]["network"], found["curves"]["points"])
+                files.replace(directory / "curves.png", picture)
+
+        how = flags.rounds, on_accelerator, say, keep
+        try:
+            measure(flags.only, flags.networks, names, *how)
+        except (DifferentWorkError, WorkerError) as error:
+            print(f"error: {error}; what was measured before is in {directory}", file=sys.stderr)
+            return 1
+        say(f"\n{files.read_text(directory / 'speed.md')}\nwritten to {directory}")
         return 0
 
     return reported(whole)

@@ -38,43 +38,34 @@ def test_a_second_signal_ends_the_process_also_where_python_cannot_act(number):
     assert errors.strip().splitlines()[-1] == "stopped at once; the same command goes on"
 
 
-def test_a_second_signal_is_ctrl_c_where_python_can():
-    code = """
+def told_twice(end):
+    """A process that has had two signals, and meets the second one by `end`."""
+    code = f"""
 with Watch() as watch:
     print("up", flush=True)
     try:
         while not watch.asked():
             time.sleep(0.01)
         print("asked", flush=True)
-        time.sleep(60)
-    except KeyboardInterrupt:
-        print("ctrl-c", flush=True)
+        time.sleep(600)
+    {end}
 """
     process = started(code)
     process.send_signal(signal.SIGTERM)
     assert process.stdout.readline() == "asked\n"
     process.send_signal(signal.SIGTERM)
+    return process
+
+
+def test_a_second_signal_is_ctrl_c_where_python_can():
+    process = told_twice("except KeyboardInterrupt: print('ctrl-c', flush=True)")
     out, errors = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out) == (0, "ctrl-c\n"), errors
 
 
 def test_a_second_signal_does_not_wait_for_what_is_open():
     """As a checkpoint on its way to a slow disk, which is waited for when it is closed."""
-    code = """
-with Watch() as watch:
-    print("up", flush=True)
-    try:
-        while not watch.asked():
-            time.sleep(0.01)
-        print("asked", flush=True)
-        time.sleep(600)
-    finally:
-        time.sleep(600)
-"""
-    process = started(code)
-    process.send_signal(signal.SIGTERM)
-    assert process.stdout.readline() == "asked\n"
-    process.send_signal(signal.SIGTERM)
+    process = told_twice("finally: time.sleep(600)")
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75
     assert errors.strip().splitlines()[-1] == "stopped at once; the same command goes on"

@@ -53,7 +53,7 @@ def train(
       NonFiniteError: a loss or gradient was not finite: checkpoints stay as they were; or a result.
       CheckpointError: a checkpoint could not be written, or all are damaged.
       ReadError: images cannot be read; after a checkpoint, on a single host.
-      LostError: another training has taken the directory.
+      LostError: another training has taken the directory, or it is gone.
     """
     job = make_job(config)
     source = open_source(config, batch_size=config.train.batch_size)

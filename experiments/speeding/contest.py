@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_jax import config as config_lib
+from ddpm_jax.config import RequestError
 from ddpm_jax.runs import image_shape
 from experiments.speeding.server import Worker, WorkerError
 from experiments.speeding.workloads import Workload
 
 OURS = "ours"
+KINDS, OPTIONS = (OURS, "diffusers", "lucidrains"), ("compile", "channels_last", "bf16")
 SECONDS = 5.0  # Of a contestant in a round.
 CHAIN = 10  # Steps of the chain by which a sampling step is timed.
 MATRIX = 2048
@@ -29,6 +30,24 @@ def contestants(on_accelerator: bool) -> tuple[str, ...]:
         fast = "+channels_last+bf16"
         return ("ours+bf16", OURS, f"diffusers{fast}", f"diffusers+compile{fast}", "lucidrains")
     return OURS, "diffusers", "diffusers+compile", "diffusers+channels_last+bf16", "lucidrains"
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuses contestants that nobody knows.
+
+    Raises:
+      RequestError: names one of them, or ours is not the first.
+    """
+    for name in names:
+        kind, *options = name.split("+")
+        known = OPTIONS if kind != OURS else ("bf16",)  # XLA compiles in any case, and lays out.
+        if kind not in KINDS or not {*options} <= {*known}:
+            raise RequestError(
+                f"--contestants={name}: choose from ours, ours+bf16, and diffusers or lucidrains "
+                f"with any of {', '.join(f'+{option}' for option in OPTIONS)}"
+            )
+    if names[0].split("+")[0] != OURS:
+        raise RequestError("--contestants: ours goes first")
 
 
 def dtype_of(name: str) -> str:
@@ -96,11 +115,12 @@ def compete(
     Args:
       names: of contestants, ours among them.
       what: of train, sample, chain.
-      say: prints a line; contestants that cannot run are named, and left out.
+      say: prints a line; peers that cannot run are named, and left out.
     Returns:
       The results, and our work's FLOPs of a training and a sampling step.
     Raises:
       DifferentWorkError: losses at equal weights and inputs differ.
+      WorkerError: ours cannot run, or a contestant ended among the rounds.
     """
     with tempfile.TemporaryDirectory() as directory:
         place = pathlib.Path(directory)
@@ -108,9 +128,13 @@ def compete(
         try:
             for name in names:
                 try:
-                    workers[name], results[name] = _started(name, workload, place, say)
+                    workers[name], results[name] = _started(name, workload, place)
                 except WorkerError as error:
-                    say(f"{name}: cannot run: {error}")
+                    if name.startswith(OURS):
+                        raise
+                    missing = "No module" in str(error)
+                    hint = "; pip install 'ddpm_jax[benchmark]'" if missing else ""
+                    say(f"{name}: cannot run: {error}{hint}")
                     continue
                 if name.startswith(OURS) and not flops:
                     flops = workers[name].ask("flops")
@@ -125,9 +149,7 @@ def compete(
     return list(results.values()), flops
 
 
-def _started(
-    name: str, workload: Workload, place: pathlib.Path, say: Callable[[str], None]
-) -> tuple[Worker, Result]:
+def _started(name: str, workload: Workload, place: pathlib.Path) -> tuple[Worker, Result]:
     cache = place / "cache" / name
     seconds = []
     for _ in range(2):  # The second finds compiled what the first has compiled.
@@ -192,7 +214,7 @@ def _rounds(
     """Fills in `results[…].job`; what else is timed goes with it."""
     steps = {}
     names = list(workers)
-    whole = config_lib.get(workload.config, "diffusion.num_steps")
+    whole = workload.config.diffusion.num_steps
     for name in names:  # Compiled, and warmed up.
         if job == "train":
             one = workers[name].ask("train", steps=3)

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ddpm_jax import config as config_lib
+from experiments.speeding.server import WorkerError
 from experiments.speeding.workloads import NETWORKS
 
 IMAGES = 256
@@ -24,7 +25,7 @@ def measure(network: str, say: Callable[[str], None]) -> dict[str, float]:
     """Seconds until the first line of metrics, with an empty compilation cache and with a full one.
 
     Raises:
-      RuntimeError: the training failed; with its last line.
+      WorkerError: the training failed; with its last line.
     """
     with tempfile.TemporaryDirectory() as directory:
         place = pathlib.Path(directory)
@@ -72,7 +73,7 @@ def _first_step(
             while not (metrics.exists() and metrics.stat().st_size):
                 time.sleep(0.02)
                 if process.poll() is not None or time.monotonic() - began > LIMIT:
-                    raise RuntimeError(log.read_text().strip().splitlines()[-1])
+                    raise WorkerError((log.read_text().strip().splitlines() or ["no word"])[-1])
             seconds = time.monotonic() - began
             process.wait(LIMIT)
         finally:

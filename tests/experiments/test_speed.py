@@ -163,6 +163,9 @@ def test_the_tables_name_what_was_measured():
         ("--networks=imagenet", "--networks=imagenet: choose from digits, small, cifar10"),
         ("--rounds=0", "--rounds=0: at least 1"),
         ("--contestants=diffusers", "--contestants: ours goes first"),
+        ("--contestants=ours,difusers", "--contestants=difusers: choose from ours, ours+bf16"),
+        ("--contestants=ours+compile", "--contestants=ours+compile: choose from"),
+        ("--contestants=ours,diffusers+fp8", "--contestants=diffusers+fp8: choose from"),
     ],
 )
 def test_bad_requests_are_one_line(flag, message, capsys, monkeypatch):
@@ -170,6 +173,27 @@ def test_bad_requests_are_one_line(flag, message, capsys, monkeypatch):
     assert speed.main([flag]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_what_was_measured_is_kept_when_a_contestant_ends(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(speed, "default_backend", lambda: "cpu")
+    one = result("ours", 1.0)
+    one.train, one.matrix = [0.5], [1e9]
+    flops = {"train": 1e9, "train_xla": 1e9, "sample": 1e9}
+
+    def compete(workload, *rest):
+        if workload.network == "small":
+            raise WorkerError("out of memory")
+        return [one], flops
+
+    monkeypatch.setattr(contest, "compete", compete)
+    flags = ["--only=train", "--networks=digits,small,cifar10", f"--out={tmp_path}"]
+    assert speed.main(flags) == 1
+    error = capsys.readouterr().err
+    assert error == f"error: out of memory; what was measured before is in {tmp_path}\n"
+    found = json.loads((tmp_path / "speed.json").read_text())
+    assert found["networks"]["digits"]["contestants"][0]["train"] == [0.5]
+    assert "**digits**" in (tmp_path / "speed.md").read_text()
 
 
 @pytest.mark.long
