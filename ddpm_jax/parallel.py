@@ -19,7 +19,14 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "data"
-_YNN = "xla_cpu_experimental_ynn_fusion_type"
+# What networks are compiled with on CPUs, by jaxlib 0.10.
+_ON_CPUS = {
+    # By default the library YNN gets convolutions and reductions, too. With matrix products alone
+    # narrow networks take two thirds of the time, and wide ones the same.
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT",
+    # By default barriers are dropped, and what the way back computes again is kept instead.
+    "xla_disable_hlo_passes": "cse_barrier_expander",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,17 +75,15 @@ def make_layout(mode: str, devices: Sequence[jax.Device] | None = None) -> Layou
 def network_jit(function: Callable[..., Any], **how: Any) -> jax.stages.Wrapped:
     """`jax.jit` of a function with the network in it, with the compiler's fastest settings.
 
-    On CPUs jaxlib 0.10 gives convolutions and reductions to the library YNN, too. With matrix
-    products alone narrow networks take two thirds of the time, and wide ones the same. XLA_FLAGS
-    that name the option are left to say otherwise; other versions and devices have none.
+    XLA_FLAGS that name an option are left to say otherwise.
 
     Args:
       how: of `jax.jit`.
     """
     options = {}
-    ours = jax.default_backend() == "cpu" and jaxlib.version.__version__.startswith("0.10.")
-    if ours and _YNN not in os.environ.get("XLA_FLAGS", ""):
-        options[_YNN] = "LIBRARY_FUSION_TYPE_DOT"
+    if jax.default_backend() == "cpu" and jaxlib.version.__version__.startswith("0.10."):
+        flags = os.environ.get("XLA_FLAGS", "")
+        options = {name: value for name, value in _ON_CPUS.items() if name not in flags}
     return jax.jit(function, compiler_options=options, **how)
 
 

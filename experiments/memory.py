@@ -38,7 +38,8 @@ HEAD = (
     "|---|---|---|---|---|---|---|---|---|",
 )
 COMPILER = {
-    # Those for CPUs drop the barriers behind which activations are computed again, and do it early.
+    # Those for CPUs drop the barriers behind which activations are computed again, and do it early;
+    # pmap's programs know nothing of `network_jit`.
     "xla_disable_hlo_passes": "cse_barrier_expander",
     # The memory is the same without the optimisations that take the compiler's time.
     "xla_backend_optimization_level": 0,

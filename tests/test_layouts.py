@@ -348,10 +348,13 @@ def test_the_compiler_s_options_are_those_of_its_version_and_the_user_s_go_first
     monkeypatch.setattr(parallel.jax, "jit", lambda function, **how: how)
     monkeypatch.setattr(parallel.jaxlib.version, "__version__", "0.10.2")
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
-    option = "xla_cpu_experimental_ynn_fusion_type"
-    ours = {"compiler_options": {option: "LIBRARY_FUSION_TYPE_DOT"}, "donate_argnums": 0}
-    assert parallel.network_jit(len, donate_argnums=0) == ours
-    monkeypatch.setenv("XLA_FLAGS", f"--{option}=eltwise")
+    ynn, passes = "xla_cpu_experimental_ynn_fusion_type", "xla_disable_hlo_passes"
+    ours = {ynn: "LIBRARY_FUSION_TYPE_DOT", passes: "cse_barrier_expander"}
+    want = {"compiler_options": ours, "donate_argnums": 0}
+    assert parallel.network_jit(len, donate_argnums=0) == want
+    monkeypatch.setenv("XLA_FLAGS", f"--{ynn}=eltwise")
+    assert parallel.network_jit(len) == {"compiler_options": {passes: ours[passes]}}
+    monkeypatch.setenv("XLA_FLAGS", f"--{ynn}=eltwise --{passes}=")
     assert parallel.network_jit(len) == {"compiler_options": {}}
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setattr(parallel.jaxlib.version, "__version__", "0.11.0")

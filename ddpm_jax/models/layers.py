@@ -55,6 +55,42 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array) -> jax.Array:
     return jnp.where(jax.vmap(mask)(keys), x / (1 - rate), 0)
 
 
+def pixel_sums(x: jax.Array) -> jax.Array:
+    """The sums over all pixels: float32 [batch, channels] of x [batch, h, w, channels].
+
+    On CPUs products with ones, since XLA's reductions of such axes run on one core, several times
+    slower than memory.
+    """
+
+    def by_product(x):
+        pixels = x.reshape(x.shape[0], -1, x.shape[-1])
+        ones = jnp.ones((x.shape[0], 1, pixels.shape[1]), jnp.float32)
+        return (ones @ pixels)[:, 0]
+
+    def by_reduction(x):
+        return x.sum(axis=(1, 2))
+
+    x = x.astype(jnp.float32)
+    return lax.platform_dependent(x, cpu=by_product, default=by_reduction)
+
+
+@jax.custom_vjp
+def add_to_pixels(x: jax.Array, shift: jax.Array) -> jax.Array:
+    """shift [batch, channels] added at every pixel of x [batch, h, w, channels]."""
+    return x + shift[:, None, None]
+
+
+def _add_forward(x, shift):
+    return add_to_pixels(x, shift), None
+
+
+def _add_backward(_, g):
+    return g, pixel_sums(g).astype(g.dtype)
+
+
+add_to_pixels.defvjp(_add_forward, _add_backward)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def conv2d(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
     """Convolution of x [batch, h, w, in] with kernel [kh, kw, in, out].
@@ -89,6 +125,8 @@ def _conv_backward(stride, padding, saved, g):
         return jax.vjp(lambda x, kernel: _conv(x, kernel, stride, padding), x, kernel)[1](g)
 
     def as_forward(x, kernel, g):
+        # Else the transposes below are made on the way forward, and kept.
+        x, kernel, g = lax.optimization_barrier((x, kernel, g))
         sizes = list(zip(x.shape[1:3], kernel.shape[:2], g.shape[1:3], padding, strict=True))
         # Of x: the flipped kernel, its channels swapped, over g with gaps where strides skipped.
         pads = [(k - 1 - p[0], n - 1 - (m - 1) * stride + p[0]) for n, k, m, p in sizes]
@@ -124,7 +162,8 @@ class Conv(nn.Module):
         total = self.size - self.stride
         pads = (total // 2, total - total // 2)
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
-        return conv2d(x, kernel, self.stride, (pads, pads)) + bias
+        x = conv2d(x, kernel, self.stride, (pads, pads))
+        return add_to_pixels(x, jnp.broadcast_to(bias, (x.shape[0], self.features)))
 
 
 class Dense(nn.Module):
@@ -139,16 +178,87 @@ class Dense(nn.Module):
         kernel = self.param("kernel", self.init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
-        return x @ kernel + bias
+        x @= kernel
+        if x.ndim < 4:
+            return x + bias
+        return add_to_pixels(x, jnp.broadcast_to(bias, (x.shape[0], self.features)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def group_norm(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, groups: int, silu: bool
+) -> jax.Array:
+    """x normalised over the pixels and channels of each group, times scale, plus bias; then SiLU.
+
+    Wu and He 2018 (arXiv:1803.08494), equations 1, 2 and 7; ε is 1e-6 (TensorFlow's). Its
+    gradient needs x alone, and what is computed of a pixel twice. Reverse mode only: no jvp.
+
+    Args:
+      x: [batch, h, w, channels], of any floating type; statistics are float32.
+      scale: float32 [channels]; so is bias.
+      groups: as many as divide the channels.
+      silu: whether u is followed by u · sigmoid(u).
+    """
+    return _group_norm_forward(x, scale, bias, groups, silu)[0]
+
+
+def _group_norm_forward(x, scale, bias, groups, silu):
+    mean, inverse = _group_statistics(x.astype(jnp.float32), groups)
+    u = _at_pixels(x, mean, inverse) * scale + bias
+    out = u * jax.nn.sigmoid(u) if silu else u
+    return out.astype(x.dtype), (x, mean, inverse, scale, bias)
+
+
+def _group_norm_backward(groups, silu, saved, g):
+    (x, mean, inverse, scale, bias), g = lax.optimization_barrier((saved, g))
+    normal = _at_pixels(x, mean, inverse)
+    du = g.astype(jnp.float32)
+    if silu:
+        u = normal * scale + bias
+        sigmoid = jax.nn.sigmoid(u)
+        du *= sigmoid * (1 + u * (1 - sigmoid))
+    d_bias, d_scale = pixel_sums(du), pixel_sums(du * normal)
+    # What moves the group's mean and its standard deviation moves no output.
+    pixels = x.shape[1] * x.shape[2]
+    of_mean = _group_means(d_bias * scale, groups) / pixels
+    of_deviation = _group_means(d_scale * scale, groups) / pixels
+    dx = du * scale - of_mean[:, None, None] - normal * of_deviation[:, None, None]
+    dx *= inverse[:, None, None]
+    return dx.astype(x.dtype), d_scale.sum(axis=0), d_bias.sum(axis=0)
+
+
+def _group_statistics(x, groups):
+    """Each channel's group's mean and 1 / standard deviation, [batch, channels]."""
+    # Moments about one of the channel's own pixels, so that a mean far from 0 costs no digits.
+    pixels = x.shape[1] * x.shape[2]
+    origin = x[:, 0, 0]
+    centred = x - origin[:, None, None]
+    mean = pixel_sums(centred) / pixels
+    variance = jnp.maximum(pixel_sums(centred**2) / pixels - mean**2, 0)
+    mean += origin
+    group_mean = _group_means(mean, groups)
+    group_variance = _group_means(variance + (mean - group_mean) ** 2, groups)
+    return group_mean, lax.rsqrt(group_variance + 1e-6)
+
+
+def _group_means(x, groups):
+    """The mean of each channel's group, [batch, channels]."""
+    by_group = x.reshape(x.shape[0], groups, -1)
+    return jnp.broadcast_to(by_group.mean(axis=-1, keepdims=True), by_group.shape).reshape(x.shape)
+
+
+def _at_pixels(x, mean, inverse):
+    return (x.astype(jnp.float32) - mean[:, None, None]) * inverse[:, None, None]
+
+
+group_norm.defvjp(_group_norm_forward, _group_norm_backward)
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation over at most `groups` groups, as many as divide the channels.
-
-    Statistics are float32, ε is 1e-6 (TensorFlow's). Wu and He 2018 (arXiv:1803.08494).
-    """
+    """`group_norm` over at most `groups` groups, as many as divide the channels."""
 
     groups: int = 32
+    silu: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -156,25 +266,8 @@ class GroupNorm(nn.Module):
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        x = x.astype(jnp.float32)
-        # Each channel's moments about one of its own pixels, so that a mean far from 0 costs no
-        # digits; then those of the groups; then one multiply and add a pixel.
-        origin = lax.stop_gradient(x[:, :1, :1])
-        centred = x - origin
-        mean = centred.mean(axis=(1, 2))
-        variance = jnp.maximum((centred**2).mean(axis=(1, 2)) - mean**2, 0)
         groups = math.gcd(self.groups, channels)
-        by_group = (x.shape[0], groups, channels // groups)
-        mean = (mean + origin[:, 0, 0]).reshape(by_group)
-        group_mean = mean.mean(axis=-1, keepdims=True)
-        group_variance = (variance.reshape(by_group) + (mean - group_mean) ** 2).mean(
-            axis=-1, keepdims=True
-        )
-        inverse = lax.rsqrt(group_variance + 1e-6)
-        gain = jnp.broadcast_to(inverse, by_group).reshape(-1, channels) * scale
-        offset = (origin[:, 0, 0].reshape(by_group) - group_mean) * inverse
-        offset = offset.reshape(-1, channels) * scale + bias
-        return (centred * gain[:, None, None] + offset[:, None, None]).astype(self.dtype)
+        return group_norm(x.astype(self.dtype), scale, bias, groups, self.silu)
 
 
 def upsample(x: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ from ddpm_jax.models.layers import (
     Conv,
     Dense,
     GroupNorm,
+    add_to_pixels,
     dropout,
     timestep_embedding,
     upsample,
@@ -27,10 +28,11 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, temb: jax.Array, keys: jax.Array | None) -> jax.Array:
-        h = nn.silu(GroupNorm(self.norm_groups, self.dtype, name="norm_0")(x))
+        h = GroupNorm(self.norm_groups, silu=True, dtype=self.dtype, name="norm_0")(x)
         h = Conv(self.features, dtype=self.dtype, name="conv_0")(h)
-        h += Dense(self.features, dtype=self.dtype, name="time")(nn.silu(temb))[:, None, None]
-        h = nn.silu(GroupNorm(self.norm_groups, self.dtype, name="norm_1")(h))
+        shift = Dense(self.features, dtype=self.dtype, name="time")(nn.silu(temb))
+        h = add_to_pixels(h, shift)
+        h = GroupNorm(self.norm_groups, silu=True, dtype=self.dtype, name="norm_1")(h)
         if keys is not None and self.dropout:
             h = dropout(h, self.dropout, keys)
         h = Conv(self.features, init=NEARLY_ZERO, dtype=self.dtype, name="conv_1")(h)
@@ -48,7 +50,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, height, width, channels = x.shape
-        h = GroupNorm(self.norm_groups, self.dtype, name="norm")(x)
+        h = GroupNorm(self.norm_groups, dtype=self.dtype, name="norm")(x)
         h = h.reshape(batch, height * width, 1, channels)
         q, k, v = (Dense(channels, dtype=self.dtype, name=name)(h) for name in "qkv")
         h = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
@@ -152,6 +154,6 @@ class UNet(nn.Module):
                 h = Conv(h.shape[-1], dtype=self.dtype, name=f"up_{level}_conv")(h)
         assert not skips
 
-        h = nn.silu(GroupNorm(self.norm_groups, self.dtype, name="norm_out")(h))
+        h = GroupNorm(self.norm_groups, silu=True, dtype=self.dtype, name="norm_out")(h)
         h = Conv(self.out_channels, init=NEARLY_ZERO, dtype=self.dtype, name="conv_out")(h)
         return h.astype(jnp.float32)
