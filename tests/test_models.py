@@ -83,7 +83,7 @@ def test_network_embeds_t_minus_one():
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e2, 1e3])
-@pytest.mark.parametrize(("channels", "groups"), [(64, 32), (24, 32), (8, 4), (6, 4)])
+@pytest.mark.parametrize(("channels", "groups"), [(64, 32), (24, 32), (8, 4), (6, 4), (4, 4)])
 def test_group_norm_against_float64_far_from_zero(offset, channels, groups):
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(2, 5, 4, channels)) + offset * rng.normal(size=channels)).astype("f4")
@@ -100,7 +100,7 @@ def test_group_norm_against_float64_far_from_zero(offset, channels, groups):
 
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("offset", [0.0, 1e2, 1e3])
-@pytest.mark.parametrize(("channels", "groups"), [(64, 32), (24, 8), (6, 2)])
+@pytest.mark.parametrize(("channels", "groups"), [(64, 32), (24, 8), (6, 2), (4, 4)])
 def test_the_gradients_of_group_norm_against_autodiff_in_float64(channels, groups, offset, silu):
     rng = np.random.default_rng(0)
     shape = 2, 5, 4, channels
@@ -164,7 +164,7 @@ def test_the_way_back_keeps_the_inputs_of_layers_alone():
     kernels = jax.ShapeDtypeStruct((depth, 3, 3, 16, 16), jnp.float32)
     needs = network_jit(jax.grad(loss)).lower(kernels, x).compile().memory_analysis()
     # Each layer's input and that of its convolution, and a few of the one on its way.
-    assert needs.temp_size_in_bytes < (2 * depth + 6) * 4 * np.prod(map_shape)
+    assert needs.temp_size_in_bytes < (2 * depth + 3) * 4 * np.prod(map_shape)
 
 
 @pytest.mark.parametrize(
