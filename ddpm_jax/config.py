@@ -56,6 +56,9 @@ FIELDS: dict[str, Field] = {
     "data.channels": Field(3, "1 for grey, 3 for RGB", low=1),
     "data.flip": Field(True, "mirror each training image left to right with probability 1/2"),
     "data.resident_bytes": Field(2**30, "sets up to this size live on the device", low=0),
+    "data.cache_bytes": Field(
+        2**34, "sets up to this size, and all folders, are decoded once, into cache_dir", low=0
+    ),
     "data.read_attempts": Field(3, "attempts to read an image before the run stops", low=1),
     "data.stall_seconds": Field(300.0, "how long a batch may take to be read; 0: for ever", low=0),
     # Network.

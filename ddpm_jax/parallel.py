@@ -7,8 +7,11 @@ same to rounding.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import functools
+import gc
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -89,21 +92,37 @@ def network_jit(function: Callable[..., Any], **how: Any) -> jax.stages.Wrapped:
 
 def compile_call(
     layout: Layout, call: Callable[..., tuple[Any, Any]], state_sharding: Any
-) -> jax.stages.Wrapped:
+) -> _Compiled | _Mapped:
     """`call(state, images, axis_name=…) -> (state, metrics)`, compiled over the devices.
 
     The result takes the state in `state_sharding` (donated) and images [steps, batch, ...] in
-    `layout.split(1)`, and returns the new state and replicated metrics. Its `lower` takes the
-    shapes of both.
+    `layout.split(1)`, of one shape, and returns the new state and replicated metrics. Its `lower`
+    takes the shapes of both.
     """
     if layout.mode == "pmap":
         return _Mapped(layout, call)
-    return network_jit(
-        call,
-        in_shardings=(state_sharding, layout.split(1)),
-        out_shardings=(state_sharding, layout.replicated),
-        donate_argnums=0,
+    return _Compiled(
+        network_jit(
+            call,
+            in_shardings=(state_sharding, layout.split(1)),
+            out_shardings=(state_sharding, layout.replicated),
+            donate_argnums=0,
+        )
     )
+
+
+class _Compiled:
+    """A program for arguments of one shape, which does not hold what its compiler needed."""
+
+    def __init__(self, program: jax.stages.Wrapped):
+        self.lower = program.lower
+        self._compiled: jax.stages.Compiled | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self._compiled is None:
+            self._compiled = self.lower(*arguments).compile()
+            release_memory()
+        return self._compiled(*arguments)
 
 
 class _Mapped:
@@ -157,6 +176,13 @@ def _renamed(x: Any, sharding: NamedSharding) -> Any:
         if name:
             shape[axis] = sharding.mesh.size * buffers[0].shape[axis]
     return jax.make_array_from_single_device_arrays(tuple(shape), sharding, buffers)
+
+
+def release_memory() -> None:
+    """Gives back to the system what tracing and compilers no longer need, which glibc keeps."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # Other systems' libraries do so themselves.
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def from_host(x: np.ndarray, sharding: NamedSharding) -> jax.Array:

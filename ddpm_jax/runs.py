@@ -55,6 +55,7 @@ HARMLESS = (
     "data.data_dir",
     "data.cache_dir",
     "data.resident_bytes",
+    "data.cache_bytes",
     "data.read_attempts",
     "data.stall_seconds",
     "sample",

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from ddpm_jax.config import RequestError
 from ddpm_jax.data.records import ATTEMPTS, ReadError, RecordSource, times
@@ -77,10 +77,10 @@ class Batches:
     """The batches of a run, on the devices: `batches(step)` gives those from that step on.
 
     Resident, the whole source is on every device, and a batch is a gather from it. Otherwise each
-    process reads the rows of its own devices, in a thread that keeps READ_AHEAD calls ready while
-    steps are asked for in order; any other step restarts it. A thread whose images do not come in
-    time is left to itself, and another one reads them again; none is waited for when the process
-    ends.
+    process reads the rows of its own devices. Either is done in a thread that keeps READ_AHEAD
+    calls ready while steps are asked for in order; any other step restarts it. A thread whose
+    images do not come in time is left to itself, and another one reads them again; none is waited
+    for when the process ends.
 
     Attributes:
       wait_seconds: how long calls have waited for data; whoever logs it sets it back to 0.
@@ -125,7 +125,7 @@ class Batches:
             ) from error
         self._gather = resident_gather(source, sharding) if resident is True else resident
         self._stall_seconds, self._attempts, self._stop = stall_seconds, attempts, stop
-        self._reader = None if resident else self._new_reader()
+        self._reader = self._new_reader()
         self._ahead: collections.deque[tuple[int, concurrent.futures.Future]] = collections.deque()
 
     def __call__(self, step: int) -> jax.Array:
@@ -138,7 +138,7 @@ class Batches:
         """
         start = time.perf_counter()
         try:
-            return self._gather(self._positions(step)) if self._gather else self._taken(step)
+            return self._taken(step)
         finally:
             self.wait_seconds += time.perf_counter() - start
 
@@ -208,6 +208,8 @@ class Batches:
         return Worker(self._read, "read-ahead")
 
     def _read(self, step: int) -> jax.Array:
+        if self._gather:
+            return self._gather(self._positions(step))
         rows = np.arange(self._shape[1])
         indices = self._sharding.addressable_devices_indices_map(self._shape).values()
         local = np.unique(np.concatenate([rows[index[1]] for index in indices]))
@@ -224,8 +226,7 @@ class Batches:
 
     def close(self) -> None:
         """Stops reading ahead, and does not wait for a read that hangs; batches stay valid."""
-        if self._reader:
-            self._reader.leave(CLOSING_SECONDS)
+        self._reader.leave(CLOSING_SECONDS)
 
     def __enter__(self) -> Batches:
         return self
@@ -240,14 +241,17 @@ def resident_gather(source: Source, sharding: NamedSharding) -> Gather:
     The answer is sharded as `sharding` says, and every device gathers its own part of it.
     """
     images = source.images(np.arange(len(source)))
-    whole = NamedSharding(sharding.mesh, PartitionSpec())
-    table = jax.make_array_from_callback(images.shape, whole, lambda index: images[index])
-    placing = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:2]))
-    gather = jax.jit(lambda table, positions: table[positions], out_shardings=sharding)
+    tables = {device: jax.device_put(images, device) for device in sharding.addressable_devices}
+    gather = jax.jit(lambda table, positions: table[positions])
 
     def batches(positions: np.ndarray) -> jax.Array:
+        shape = *positions.shape, *images.shape[1:]
         small = positions.astype(np.int32)
-        placed = jax.make_array_from_callback(small.shape, placing, lambda index: small[index])
-        return gather(table, placed)
+        # A program a device: those of several hosts would have to start in the same order on each.
+        parts = [
+            gather(tables[device], jax.device_put(small[index[:2]], device))
+            for device, index in sharding.addressable_devices_indices_map(shape).items()
+        ]
+        return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
     return batches

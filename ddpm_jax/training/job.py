@@ -11,7 +11,7 @@ import numpy as np
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.evaluation import names
-from ddpm_jax.parallel import Layout, make_layout
+from ddpm_jax.parallel import Layout, make_layout, release_memory
 from ddpm_jax.runs import Run, image_shape, make_model
 from ddpm_jax.training.state import State, init_state, make_optimizer
 from ddpm_jax.training.step import Task
@@ -34,10 +34,12 @@ class Job:
 
     def start(self) -> State:
         """The state before the first step, where it lies; compiled here."""
-        # Run once: not worth the compiler's optimisations, which take longer than all of it.
-        quick = {"xla_backend_optimization_level": 0}
+        # Run once: most of the compiler's optimisations take longer than they save.
+        quick = {"xla_backend_optimization_level": 1}
         start = jax.jit(self.initial, out_shardings=self.sharding, compiler_options=quick)
-        return start(np.int32(self.config.seed))
+        state = jax.block_until_ready(start(np.int32(self.config.seed)))
+        release_memory()
+        return state
 
 
 def make_job(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> Job:

@@ -37,7 +37,16 @@ STUDIES = {
 BITS = ("bits_per_dim_test", "bits_per_dim_train", "bits_per_dim_")
 # The nearest to the paper's FID first.
 QUALITY = ("fid50k", "fd_inception", "fd_effnet", "kd_inception", "kd_effnet", "fd_pixels", "kd_")
-FREE = (".batch_size", "_dir", ".resident_bytes", ".metrics", ".split", ".weights", ".statistics")
+FREE = (
+    ".batch_size",
+    "_dir",
+    ".resident_bytes",
+    ".cache_bytes",
+    ".metrics",
+    ".split",
+    ".weights",
+    ".statistics",
+)
 LONG_PROTOCOL = 400  # Letters; a longer one is folded.
 FRAME_BYTES = 12 * 2**20  # Of x̂_0 before compression; what is beyond is thinned out.
 

@@ -60,6 +60,7 @@ def config(tmp_path):
         cache_dir=str(tmp_path / "cache"),
         image_size=8,
         resident_bytes=0,
+        cache_bytes=0,
     )
     return config
 

@@ -501,11 +501,13 @@ def tiny(config, tfds_dir):
     return config
 
 
-@pytest.mark.parametrize("resident_bytes", [0, 2**20])
-def test_tfds_set(tiny, resident_bytes, caplog, capfd):
-    tiny.data.resident_bytes = resident_bytes
+@pytest.mark.parametrize("kept", [None, "resident_bytes", "cache_bytes"])
+def test_tfds_set(tiny, kept, caplog, capfd):
+    tiny.data.update({"resident_bytes": 0, "cache_bytes": 0})
+    if kept:
+        tiny.data[kept] = 20 * 6 * 6
     source = open_source(tiny)
-    assert isinstance(source, RecordSource) == (resident_bytes == 0)
+    assert isinstance(source, RecordSource) == (not kept)
     images, labels = everything(source), source.labels(np.arange(20))
     assert images.shape == (20, 6, 6, 1) and images.dtype == np.uint8 and labels.dtype == np.int64
     assert sorted(labels) == list(range(20))
