@@ -57,7 +57,7 @@ FIELDS: dict[str, Field] = {
     "data.flip": Field(True, "mirror each training image left to right with probability 1/2"),
     "data.resident_bytes": Field(2**30, "sets up to this size live on the device", low=0),
     "data.cache_bytes": Field(
-        2**34, "sets up to this size, and all folders, are decoded once, into cache_dir", low=0
+        0, "sets up to this size are decoded once, into cache_dir; folders always are", low=0
     ),
     "data.read_attempts": Field(3, "attempts to read an image before the run stops", low=1),
     "data.stall_seconds": Field(300.0, "how long a batch may take to be read; 0: for ever", low=0),

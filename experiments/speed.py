@@ -82,8 +82,9 @@ def measure(
         workload = Workload(network, NETWORKS[network][2 if on_accelerator else 1])
         asked = [part for part in parts if part in CONTESTS]
         # A chain of the paper's network takes ten minutes and more on CPUs.
-        if "chain" in asked and len(parts) > 1 and network != "digits" and not on_accelerator:
+        if tuple(parts) == PARTS and network != "digits" and not on_accelerator:
             asked.remove("chain")
+            say(f"{network}: a whole chain takes long here; ask for it with --only=chain")
         if asked:
             results, flops = contest.compete(workload, names, asked, rounds, say)
             found["networks"][network] = {
@@ -133,7 +134,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", default="runs/speed", help="the directory of the results")
     flags = parser.parse_args(argv)
     for name, known in (("only", PARTS), ("networks", tuple(NETWORKS))):
-        chosen = getattr(flags, name).split(",")
+        chosen = [*dict.fromkeys(getattr(flags, name).split(","))]
         setattr(flags, name, chosen)
         if unknown := [one for one in chosen if one not in known]:
             raise RequestError(f"--{name}={unknown[0]}: choose from {', '.join(known)}")
@@ -156,7 +157,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         def say(line: str) -> None:
             print(line, flush=True)
 
+        kept = []
+
         def keep(found: dict[str, Any]) -> None:
+            kept.append(True)
             files.replace(directory / "speed.json", json.dumps(found, indent=1) + "\n")
             files.replace(directory / "speed.md", page.tables(found))
             if "curves" in found:
@@ -169,7 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             measure(flags.only, flags.networks, names, *how)
         except (DifferentWorkError, WorkerError) as error:
-            print(f"error: {error}; what was measured before is in {directory}", file=sys.stderr)
+            before = f"; what was measured before is in {directory}" if kept else ""
+            print(f"error: {error}{before}", file=sys.stderr)
             return 1
         say(f"\n{files.read_text(directory / 'speed.md')}\nwritten to {directory}")
         return 0

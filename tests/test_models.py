@@ -1,5 +1,7 @@
 """The network against the authors' parameter counts, float64 NumPy and XLA's own gradients."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -188,6 +190,30 @@ def test_convolution_and_its_gradients_are_xlas(stride, padding, size):
     g = jnp.float32(rng.normal(size=ours.shape))
     for mine, xla in zip(pull_ours(g), pull_theirs(g), strict=True):
         np.testing.assert_allclose(mine, xla, atol=1e-4)
+
+
+def test_gradients_of_convolutions_are_forward_ones():
+    """XLA's own forms of them are a dozen times slower on CPUs within a loop (jax#12868)."""
+    x, kernel = jax.ShapeDtypeStruct((2, 8, 8, 3), "float32"), jnp.ones((3, 3, 3, 5))
+
+    def loss(x, kernel):
+        return sum((layers.conv2d(x, kernel, s, ((1, 1), (1, 1))) ** 2).sum() for s in (1, 2))
+
+    text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, kernel).as_text()
+    forms = re.findall(r"stablehlo.convolution.*?dim_numbers = (\S+),", text)
+    assert len(forms) == 6 and {*forms} == {"[b,0,1,f]x[0,1,i,o]->[b,0,1,f]"}, forms
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_sums_and_statistics_of_large_maps(offset):
+    """65,536 terms in float32 beside float64's; a mean of 1e3 σ leaves five digits of it."""
+    x = np.random.default_rng(0).normal(size=(1, 256, 256, 4)).astype("f4") + np.float32(offset)
+    exact = x.astype("f8").sum(axis=(1, 2))
+    np.testing.assert_allclose(layers.pixel_sums(x), exact, rtol=1e-5, atol=1e-5 * 256**2)
+    wide = x.astype("f8")
+    want = (wide - wide.mean(axis=(1, 2))) / np.sqrt(wide.var(axis=(1, 2)) + 1e-6)
+    got = layers.group_norm(x, jnp.ones(4), jnp.zeros(4), 4, False)
+    np.testing.assert_allclose(got, want, atol=5e-4 if offset else 2e-5)
 
 
 def test_stride_two_is_padded_as_tensorflows_same():

@@ -1,12 +1,15 @@
 """Whole runs: what they leave behind, going on to the bit, and what can go wrong."""
 
 import json
+import os
 import re
 import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from runs_for_tests import arguments, assert_equal_states, final_state, lines, start, train
+from runs_for_tests import ROOT, arguments, assert_equal_states, final_state, lines, start, train
 
 from ddpm_jax import generation
 from ddpm_jax.main import main
@@ -198,3 +201,11 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_refused(tmp_path):
     assert process.returncode == 2
     assert "train.batch_size=8 does not divide by 3: 3 devices" in errors
     assert not (tmp_path / "config.json").exists()
+
+
+def test_pytorch_is_not_imported(tmp_path):
+    """TensorBoard's writer would, which takes longer than all other imports together."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('imported')")
+    code = "import ddpm_jax.main, sys; assert 'torch' not in sys.modules"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)

@@ -180,7 +180,9 @@ class Batches:
         """
         began = time.monotonic()
         while not batch.done():
-            left = (self._stall_seconds or math.inf) - (time.monotonic() - began)
+            # A gather can only wait for its devices, which is noticed elsewhere.
+            patience = math.inf if self._gather else self._stall_seconds or math.inf
+            left = patience - (time.monotonic() - began)
             if left <= 0:
                 return False
             # Not the result's own time limit, whose error could be one of reading.
@@ -241,11 +243,12 @@ def resident_gather(source: Source, sharding: NamedSharding) -> Gather:
     The answer is sharded as `sharding` says, and every device gathers its own part of it.
     """
     images = source.images(np.arange(len(source)))
+    image_shape = images.shape[1:]
     tables = {device: jax.device_put(images, device) for device in sharding.addressable_devices}
     gather = jax.jit(lambda table, positions: table[positions])
 
     def batches(positions: np.ndarray) -> jax.Array:
-        shape = *positions.shape, *images.shape[1:]
+        shape = *positions.shape, *image_shape
         small = positions.astype(np.int32)
         # A program a device: those of several hosts would have to start in the same order on each.
         parts = [

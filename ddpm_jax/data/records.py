@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
 import pathlib
 import re
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -187,6 +189,9 @@ def save_table(
     It is written beside the path under a name of its own and renamed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    free, needed = shutil.disk_usage(path.parent).free, count * dtype.itemsize
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{free:,} bytes are free of the {needed:,} that it takes")
     partial = path.with_name(f"{path.stem}-{uuid.uuid4().hex[:8]}.tmp")
     header = {
         "descr": np.lib.format.dtype_to_descr(dtype),

@@ -77,7 +77,7 @@ def pixel_sums(x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def add_to_pixels(x: jax.Array, shift: jax.Array) -> jax.Array:
-    """shift [batch, channels] added at every pixel of x [batch, h, w, channels]."""
+    """shift [batch, channels] added at every pixel of x [batch, h, w, channels], of its dtype."""
     return x + shift[:, None, None]
 
 
@@ -182,7 +182,7 @@ class Dense(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
         x @= kernel
-        if x.ndim < 4:
+        if x.ndim != 4:
             return x + bias
         return add_to_pixels(x, jnp.broadcast_to(bias, (x.shape[0], self.features)))
 
@@ -193,8 +193,8 @@ def group_norm(
 ) -> jax.Array:
     """x normalised over the pixels and channels of each group, times scale, plus bias; then SiLU.
 
-    Wu and He 2018 (arXiv:1803.08494), equations 1, 2 and 7; ε is 1e-6 (TensorFlow's). Its
-    gradient needs x alone, and what is computed of a pixel twice. Reverse mode only: no jvp.
+    Wu and He 2018 (arXiv:1803.08494), equations 1, 2 and 7; ε is 1e-6 (TensorFlow's). The way back
+    keeps x and the statistics, and computes the rest again. Reverse mode only: no jvp.
 
     Args:
       x: [batch, h, w, channels], of any floating type; statistics are float32.

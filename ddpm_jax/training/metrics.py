@@ -19,12 +19,13 @@ from ddpm_jax import files
 from ddpm_jax.training.step import QUARTERS
 
 _torch = sys.modules.setdefault("torch", None)  # tensorboardX would import it: 1.5 s, 150 MB.
-from tensorboardX import summary  # noqa: E402
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # noqa: E402
-from tensorboardX.record_writer import masked_crc32c  # noqa: E402
-
-if _torch is None:
-    del sys.modules["torch"]
+try:
+    from tensorboardX import summary
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.record_writer import masked_crc32c
+finally:
+    if _torch is None:
+        del sys.modules["torch"]
 
 EVENTS_BYTES = 2**23  # After which another file of events is begun: objects are written whole.
 BLOCK = 2**20  # Bytes; no line of metrics.jsonl is longer.

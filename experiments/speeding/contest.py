@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 import statistics
 import tempfile
@@ -11,16 +12,17 @@ from typing import Any
 
 import numpy as np
 
+from ddpm_jax import interop
 from ddpm_jax.config import RequestError
-from ddpm_jax.runs import image_shape
+from ddpm_jax.runs import image_shape, make_model
 from experiments.speeding.server import Worker, WorkerError
 from experiments.speeding.workloads import Workload
 
 OURS = "ours"
 KINDS, OPTIONS = (OURS, "diffusers", "lucidrains"), ("compile", "channels_last", "bf16")
 SECONDS = 5.0  # Of a contestant in a round.
-CHAIN = 10  # Steps of the chain by which a sampling step is timed.
-MATRIX = 2048
+CHAIN = 10  # Steps of the chains by which a sampling step is timed.
+MATRIX = {False: (2048, 1), True: (8192, 20)}  # On CPUs, on accelerators: size, products.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # Of losses at equal weights and inputs.
 
 
@@ -36,7 +38,7 @@ def check_names(names: Sequence[str]) -> None:
     """Refuses contestants that nobody knows.
 
     Raises:
-      RequestError: names one of them, or ours is not the first.
+      RequestError: names one of them, or one comes twice, or ours is not the first.
     """
     for name in names:
         kind, *options = name.split("+")
@@ -46,6 +48,8 @@ def check_names(names: Sequence[str]) -> None:
                 f"--contestants={name}: choose from ours, ours+bf16, and diffusers or lucidrains "
                 f"with any of {', '.join(f'+{option}' for option in OPTIONS)}"
             )
+    if len(set(names)) < len(names):
+        raise RequestError("--contestants: each must be named once")
     if names[0].split("+")[0] != OURS:
         raise RequestError("--contestants: ours goes first")
 
@@ -66,7 +70,8 @@ def start(name: str, workload: Workload, cache: pathlib.Path) -> Worker:
         workload = dataclasses.replace(workload, dtype=dtype_of(name))
         module, arguments = "experiments.speeding.ours", [workload.to_json()]
     else:
-        module, arguments = "experiments.speeding.torch_peers", [name, workload.to_json()]
+        module = "experiments.speeding.torch_peers"
+        arguments = [name, json.dumps(specification(workload))]
     environment = {
         "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "torch"),
@@ -76,6 +81,23 @@ def start(name: str, workload: Workload, cache: pathlib.Path) -> Worker:
     return Worker(module, arguments, environment)
 
 
+def specification(workload: Workload) -> dict[str, Any]:
+    """What a peer must know of a workload, as JSON can say it."""
+    config = workload.config
+    shape, model, train = image_shape(config), config.model, config.train
+    return {
+        "network": interop.diffusers_config(make_model(config), shape),
+        "weights": interop.WEIGHTS_FILE,
+        "shape": shape,
+        "batch": workload.batch,
+        "beta": (config.diffusion.beta_start, config.diffusion.beta_end),  # Linear in all NETWORKS.
+        "num_steps": config.diffusion.num_steps,
+        "flip": config.data.flip,
+        **{key: model[key] for key in ("channels", "channel_multipliers", "dropout")},
+        **{key: train[key] for key in ("learning_rate", "clip_norm", "ema_decay")},
+    }
+
+
 @dataclasses.dataclass
 class Result:
     """What was measured of a contestant; seconds a step, one a round.
@@ -83,7 +105,8 @@ class Result:
     Attributes:
       cold, warm: seconds from the start of the process to the end of its first training step,
         with nothing compiled before and with all of it.
-      memory: bytes, at most, through training; `loss` at the weights and inputs that all share.
+      memory: bytes, at most, of a process that trains and does nothing else.
+      loss: at the weights and inputs that all share.
     """
 
     name: str
@@ -91,7 +114,7 @@ class Result:
     loss: float | None
     cold: float
     warm: float
-    memory: int = 0
+    memory: int
     train: list[float] = dataclasses.field(default_factory=list)
     sample: list[float] = dataclasses.field(default_factory=list)
     chain: list[float] = dataclasses.field(default_factory=list)
@@ -157,6 +180,8 @@ def _started(name: str, workload: Workload, place: pathlib.Path) -> tuple[Worker
         try:
             worker.ask("train", steps=1)
             seconds.append(worker.seconds)
+            worker.ask("train", steps=2)
+            memory = worker.ask("memory")  # Before anything but training is asked for.
         except WorkerError:
             worker.close()
             raise
@@ -167,7 +192,7 @@ def _started(name: str, workload: Workload, place: pathlib.Path) -> tuple[Worker
         worker.ask("write_weights", directory=str(weights))
         _write_inputs(weights, workload)
     loss = worker.ask("loss", directory=str(weights)) if weights.exists() else None
-    return worker, Result(name, worker.ask("describe"), loss, *seconds)
+    return worker, Result(name, worker.ask("describe"), loss, *seconds, memory)
 
 
 def _write_inputs(directory: pathlib.Path, workload: Workload) -> None:
@@ -182,11 +207,19 @@ def _write_inputs(directory: pathlib.Path, workload: Workload) -> None:
 
 
 def check_equal_work(results: Iterable[Result]) -> None:
-    """Checks losses and parameters of contestants that run the same network.
+    """Checks the devices of all contestants, losses and parameters of those of the same network.
 
     Raises:
       DifferentWorkError: one of them differs from the first.
     """
+    results = list(results)
+    for one in results:
+        platforms = [each.about["platform"] for each in (one, results[0])]
+        if platforms[0] != platforms[1]:
+            raise DifferentWorkError(
+                f"{one.name} runs on a {platforms[0]}, {results[0].name} on a {platforms[1]}: "
+                "install builds for the same device, or leave it out of --contestants"
+            )
     same = [one for one in results if one.loss is not None]
     for one in same:
         first = same[0]
@@ -228,18 +261,31 @@ def _rounds(
     for turn in range(rounds if job != "chain" else max(1, rounds // 3)):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             worker, result = workers[name], results[name]
+            # What was idle has lost its place in caches, perhaps in memory.
             if job == "train":
+                worker.ask("train", steps=1)
                 result.train.append(worker.ask("train", steps=steps[name]))
-                result.memory = worker.ask("memory")
-                result.matrix.append(worker.ask("matrix", n=MATRIX))
+                n, products = MATRIX[result.about["platform"] != "cpu"]
+                result.matrix.append(worker.ask("matrix", n=n, products=products))
+            elif job == "sample":
+                worker.ask("sample", steps=steps[name])
+                result.sample.append(_mean(worker, "sample", steps[name]))
+                if name.startswith(OURS):
+                    result.evaluate.append(_mean(worker, "evaluate", steps[name]))
             else:
-                getattr(result, job).append(worker.ask("sample", steps=steps[name]))
-                if name.startswith(OURS) and job == "sample":
-                    result.evaluate.append(worker.ask("evaluate", steps=CHAIN))
+                result.chain.append(worker.ask("sample", steps=steps[name]))
         say(
             f"{workload.network} {job}, round {turn + 1}: "
             + ", ".join(f"{name} {getattr(results[name], job)[-1]:.4g} s" for name in names)
         )
+
+
+def _mean(worker: Worker, what: str, steps: int) -> float:
+    """Seconds a step, over chains of so many that take SECONDS or more."""
+    seconds = [worker.ask(what, steps=steps)]
+    while sum(seconds) * steps < SECONDS:
+        seconds.append(worker.ask(what, steps=steps))
+    return statistics.mean(seconds)
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:

@@ -6,6 +6,7 @@ python -m experiments.speeding.ours WORKLOAD
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import sys
 import time
 from typing import Any
@@ -56,8 +57,11 @@ class Ours:
         leaves = jax.tree.leaves(self.job.abstract.params)
         return {
             "parameters": sum(leaf.size for leaf in leaves),
-            "versions": {"jax": jax.__version__},
+            "versions": {
+                name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")
+            },
             "devices": f"{jax.device_count()} × {device.device_kind}",
+            "platform": device.platform,
         }
 
     def flops(self) -> dict[str, float]:
@@ -76,10 +80,10 @@ class Ours:
 
     def loss(self, directory: str) -> float:
         """L_simple without dropout, at these weights, of the images, t and noise of inputs.npz."""
-        model, params = interop.load_diffusers(directory)
+        _, params = interop.load_diffusers(directory)
         inputs = bounded.read_arrays(f"{directory}/inputs.npz")
         model = self.job.task.model
-        network = jax.jit(lambda p, x, t: model.apply({"params": p}, x, t))
+        network = network_jit(lambda p, x, t: model.apply({"params": p}, x, t))
         process = self.job.task.process
         denoise = functools.partial(network, params)
         x0 = to_float(inputs["images"])
@@ -139,16 +143,16 @@ class Ours:
         found = jax.devices()[0].memory_stats()
         return found["peak_bytes_in_use"] if found else peak_bytes()
 
-    def matrix(self, n: int) -> float:
-        """FLOP/s of a product of n × n matrices: the best of ten."""
+    def matrix(self, n: int, products: int) -> float:
+        """FLOP/s of so many products of n × n matrices, one after another: the best of ten."""
         a = jnp.ones((n, n), self.config.model.dtype)
         dot = jax.jit(jnp.dot)
         seconds = []
         for _ in range(11):
             start = time.perf_counter()
-            jax.block_until_ready(dot(a, a))
+            jax.block_until_ready([dot(a, a) for _ in range(products)])
             seconds.append(time.perf_counter() - start)
-        return 2 * n**3 / min(seconds[1:])
+        return 2 * n**3 * products / min(seconds[1:])
 
 
 def main() -> None:

@@ -8,19 +8,24 @@ from typing import Any
 
 from experiments.speeding.accelerators import SHARES, SLICES
 from experiments.speeding.contest import ratio
+from experiments.speeding.curves import UNIT, UNITS
 from experiments.speeding.inputs import STEP_SECONDS
 
 
 def tables(found: Mapping[str, Any]) -> str:
     """Every part of `experiments.speed`'s result, a table each."""
     machine = found["hardware"]
-    lines = [f"{machine['processor']}, {machine['cores']} cores, Python {machine['python']}", ""]
+    flags = f", XLA_FLAGS={machine['XLA_FLAGS']}" if machine["XLA_FLAGS"] else ""
+    line = f"{machine['processor']}, {machine['cores']} cores, Python {machine['python']}{flags}"
+    lines = [line, ""]
     for network, results in found["networks"].items():
         lines += _contest(network, results)
     if "start" in found:
         lines += _starts(found["start"])
     if "input" in found:
         lines += _input(found["input"])
+    if "curves" in found:
+        lines += _curves(found["curves"])
     if "accelerators" in found:
         lines += _accelerators(found["accelerators"])
     return "\n".join(lines)
@@ -31,13 +36,29 @@ def _input(found: Mapping[str, Any]) -> list[str]:
         [
             name,
             str(one["batch"]),
-            "on the device" if one["resident"] else "read ahead",
+            one["where"],
             f"{one['waiting']:.2%}",
         ]
         for name, one in found.items()
     ]
     lines = [f"Waiting for images, of a step of {STEP_SECONDS * 1000:.0f} ms:", ""]
     return lines + _table(["images", "batch", "where", "waiting"], rows)
+
+
+def _curves(found: Mapping[str, Any]) -> list[str]:
+    rows = [
+        [
+            name,
+            f"{one['at']:,g}",
+            f"{one['seconds']:.4g} {UNITS.get(name, UNIT)}",
+            f"{one['seconds'] / points[0]['seconds']:.2f}",
+            f"{one['nbytes'] / 2**30:.2f}",
+        ]
+        for name, points in found["points"].items()
+        for one in points
+    ]
+    lines = [f"What it costs ({found['network']}):", ""]
+    return lines + _table(["", "at", "takes", "of the first", "peak memory, GiB"], rows)
 
 
 def _accelerators(found: Mapping[str, Any]) -> list[str]:
@@ -83,6 +104,12 @@ def _contest(network: str, results: Mapping[str, Any]) -> list[str]:
         "",
     ]
     lines += _table(head, rows)
+    about = [
+        f"{one['name']}: {', '.join(f'{k} {v}' for k, v in one['about']['versions'].items())}, "
+        f"on {one['about']['devices']}"
+        for one in contestants
+    ]
+    lines += [f"{'; '.join(about)}.", ""]
     if ours["evaluate"]:
         over, low, high = ratio(ours["sample"], ours["evaluate"])
         lines += [f"Sampling over the network alone: {over:.3f} × ({low:.3f}–{high:.3f}).", ""]

@@ -89,7 +89,8 @@ class Worker:
     def _last_words(self) -> str:
         self._log.seek(0)
         lines = self._log.read().strip().splitlines()
-        return lines[-1] if lines else f"ended with {self._process.returncode} and no word"
+        word, code = lines[-1] if lines else "no word", self._process.returncode
+        return word if code > 0 and lines else f"ended with {code}: {word}"
 
     def close(self) -> None:
         """Ends the process."""

@@ -1,28 +1,25 @@
 """The peers, which run in PyTorch: diffusers' U-Net, and denoising-diffusion-pytorch as published.
 
-    python -m experiments.speeding.torch_peers KIND WORKLOAD
+    python -m experiments.speeding.torch_peers KIND SPECIFICATION
 
 KIND is `diffusers` or `lucidrains`, then, joined by +, `compile`, `channels_last`, `bf16`. Each
 does what our training and sampling do: uint8 images, flips, clipping, Adam, the moving average.
+Nothing of JAX is imported, which would count as the peer's time and memory.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import sys
 import time
 from typing import Any
 
-import ml_collections
 import numpy as np
 import torch
 
-from ddpm_jax import bounded, interop
-from ddpm_jax.config import make_process
-from ddpm_jax.runs import image_shape, make_model
 from experiments.speeding.server import peak_bytes, serve
-from experiments.speeding.workloads import Workload
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -36,16 +33,16 @@ def wait() -> None:
 class Diffusion:
     """ε-prediction with L_simple and the ancestral sampler, around diffusers' `UNet2DModel`."""
 
-    def __init__(self, config: ml_collections.ConfigDict):
+    def __init__(self, work: dict[str, Any]):
         from diffusers import UNet2DModel
 
-        described = interop.diffusers_config(make_model(config), image_shape(config))
-        self.network = UNet2DModel.from_config(described).to(DEVICE)
+        self.network = UNet2DModel.from_config(work["network"]).to(DEVICE)
         self.call = lambda x, t: self.network(x, t).sample
-        schedule = make_process(config).schedule
-        alpha_bar = np.asarray(schedule.alpha_bar, np.float64)  # At 0..T; the first is 1.
+        self.steps = work["num_steps"]
+        beta = np.concatenate([[0.0], np.linspace(*work["beta"], self.steps)])  # At 0..T.
+        alpha_bar = np.cumprod(1 - beta)
         before = np.concatenate([[1.0], alpha_bar[:-1]])
-        beta, noise = 1 - alpha_bar / before, 1 - alpha_bar
+        noise = 1 - alpha_bar
         with np.errstate(divide="ignore", invalid="ignore"):  # There is no step from t = 0.
             table = {
                 "keep": np.sqrt(alpha_bar),
@@ -60,7 +57,6 @@ class Diffusion:
             name: torch.tensor(x, dtype=torch.float32, device=DEVICE)[:, None, None, None]
             for name, x in table.items()
         }
-        self.steps = schedule.num_steps
 
     def losses(self, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """The mean squared error of ε of images in [−1, 1]; t in 1..T."""
@@ -84,21 +80,20 @@ class Diffusion:
 class Lucidrains:
     """denoising-diffusion-pytorch as published, at our widths: another, smaller network."""
 
-    def __init__(self, config: ml_collections.ConfigDict):
+    def __init__(self, work: dict[str, Any]):
         from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 
-        model = config.model
+        size, _, channels = work["shape"]
         self.network = Unet(
-            dim=model.channels,
-            dim_mults=tuple(model.channel_multipliers),
-            channels=config.data.channels,
-            dropout=model.dropout,
+            dim=work["channels"],
+            dim_mults=tuple(work["channel_multipliers"]),
+            channels=channels,
+            dropout=work["dropout"],
         ).to(DEVICE)
-        self.steps = config.diffusion.num_steps
         self.diffusion = GaussianDiffusion(
             self.network,
-            image_size=config.data.image_size,
-            timesteps=self.steps,
+            image_size=size,
+            timesteps=work["num_steps"],
             objective="pred_noise",
             beta_schedule="linear",
         ).to(DEVICE)
@@ -110,14 +105,15 @@ class Lucidrains:
 
 
 class Peer:
-    """A peer's training and sampling of a workload."""
+    """A peer's training and sampling of a workload, as `contest.specification` describes it."""
 
-    def __init__(self, kind: str, workload: Workload):
+    def __init__(self, kind: str, work: dict[str, Any]):
         torch.manual_seed(0)
+        # What XLA does by itself.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True
         name, *options = kind.split("+")
-        self.config = config = workload.config
-        self.kind = kind
-        self.method = {"diffusers": Diffusion, "lucidrains": Lucidrains}[name](config)
+        self.kind, self.work = kind, work
+        self.method = {"diffusers": Diffusion, "lucidrains": Lucidrains}[name](work)
         network = self.method.network
         if "channels_last" in options:
             network.to(memory_format=torch.channels_last)
@@ -129,11 +125,9 @@ class Peer:
             self.autocast = functools.partial(torch.autocast, DEVICE, dtype=torch.bfloat16)
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.average = [p.detach().clone() for p in self.parameters]
-        self.optimizer = torch.optim.Adam(
-            self.parameters, lr=config.train.learning_rate, fused=True
-        )
-        height, width, channels = image_shape(config)
-        self.shape = workload.batch, channels, height, width
+        self.optimizer = torch.optim.Adam(self.parameters, lr=work["learning_rate"], fused=True)
+        height, width, channels = work["shape"]
+        self.shape = work["batch"], channels, height, width
         images = np.random.default_rng(0).integers(0, 256, self.shape, np.uint8)
         self.images = torch.from_numpy(images).to(DEVICE)
 
@@ -152,6 +146,7 @@ class Peer:
             "parameters": sum(p.numel() for p in self.parameters),
             "versions": versions,
             "devices": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+            "platform": "gpu" if DEVICE == "cuda" else "cpu",
         }
 
     def loss(self, directory: str) -> float | None:
@@ -161,9 +156,9 @@ class Peer:
         from safetensors.torch import load_file
 
         before = {k: v.clone() for k, v in self.method.network.state_dict().items()}
-        self.method.network.load_state_dict(load_file(f"{directory}/{interop.WEIGHTS_FILE}"))
+        self.method.network.load_state_dict(load_file(f"{directory}/{self.work['weights']}"))
         self.method.network.eval()
-        inputs = bounded.read_arrays(f"{directory}/inputs.npz")
+        inputs = np.load(f"{directory}/inputs.npz")
 
         def channels_first(x: np.ndarray) -> torch.Tensor:
             moved = torch.from_numpy(x).permute(0, 3, 1, 2).to(DEVICE)
@@ -178,17 +173,17 @@ class Peer:
 
     def _step(self) -> None:
         images = self.images
-        if self.config.data.flip:
+        if self.work["flip"]:
             mirrored = torch.rand(len(images), 1, 1, 1, device=DEVICE) < 0.5
             images = torch.where(mirrored, images.flip(-1), images)
         with self.autocast():
             loss = self.method.loss((images.float() / 255).contiguous(memory_format=self.format))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.train.clip_norm)
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.work["clip_norm"])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            torch._foreach_lerp_(self.average, self.parameters, 1 - self.config.train.ema_decay)
+            torch._foreach_lerp_(self.average, self.parameters, 1 - self.work["ema_decay"])
 
     def train(self, steps: int) -> float:
         """Seconds a training step, over so many."""
@@ -214,22 +209,23 @@ class Peer:
         """The largest number of bytes held: on an accelerator its own, else the process's."""
         return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else peak_bytes()
 
-    def matrix(self, n: int) -> float:
-        """FLOP/s of a product of n × n matrices: the best of ten."""
-        a = torch.ones(n, n, device=DEVICE)
+    def matrix(self, n: int, products: int) -> float:
+        """FLOP/s of so many products of n × n matrices, one after another: the best of ten."""
+        dtype = torch.bfloat16 if "bf16" in self.kind else torch.float32
+        a = torch.ones(n, n, device=DEVICE, dtype=dtype)
         seconds = []
-        with self.autocast():
-            for _ in range(11):
-                start = time.perf_counter()
+        for _ in range(11):
+            start = time.perf_counter()
+            for _ in range(products):
                 a @ a
-                wait()
-                seconds.append(time.perf_counter() - start)
-        return 2 * n**3 / min(seconds[1:])
+            wait()
+            seconds.append(time.perf_counter() - start)
+        return 2 * n**3 * products / min(seconds[1:])
 
 
 def main() -> None:
     """Serves the workload of the command line."""
-    peer = Peer(sys.argv[1], Workload.from_json(sys.argv[2]))
+    peer = Peer(sys.argv[1], json.loads(sys.argv[2]))
     names = ("describe", "loss", "train", "sample", "memory", "matrix")
     serve({name: getattr(peer, name) for name in names})
 

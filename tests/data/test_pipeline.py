@@ -153,6 +153,24 @@ def test_reads_ahead_a_few_calls_and_stops():
     assert not [t for t in threading.enumerate() if t.name.startswith("read-ahead")]
 
 
+def test_a_gather_is_asked_ahead_as_well_and_has_no_time_limit():
+    """What is on the devices comes when these come to it: reading it again would not help."""
+    asked = []
+
+    def gather(positions):
+        asked.append(threading.current_thread().name)
+        time.sleep(0.3 if len(asked) == 1 else 0)
+        return jnp.asarray(IMAGES[positions])
+
+    source = ArraySource("made", "train", IMAGES)
+    with Batches(source, 0, 2, 3, one_device(), gather, stall_seconds=0.1, attempts=1) as batches:
+        np.testing.assert_array_equal(batches(0), expected(IMAGES, 0, 0, 2, 3))
+        until = time.monotonic() + 60
+        while len(asked) < 4 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert asked == ["read-ahead"] * 4
+
+
 def test_an_unreadable_image_surfaces_where_it_is_needed():
     def read(position):
         if position == bad:

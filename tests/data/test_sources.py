@@ -284,6 +284,17 @@ def test_folder_without_a_cache(pictures, tmp_path, caplog):
     assert str(root / "torn.png") in refusal(config)
 
 
+def test_a_disk_that_is_too_small_is_left_alone(pictures, monkeypatch, caplog):
+    config, root = pictures
+    image = picture(np.random.default_rng(5))
+    Image.fromarray(image).save(root / "only.png")
+    monkeypatch.setattr(records.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10))
+    np.testing.assert_array_equal(everything(open_source(config)), [image])
+    (message,) = caplog.messages
+    assert f"(10 bytes are free of the {image.size:,} that it takes)" in message
+    assert not [*pathlib.Path(config.data.cache_dir).glob("*")]
+
+
 # Files that cannot be read, or not at once.
 
 

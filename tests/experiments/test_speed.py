@@ -80,8 +80,9 @@ def test_a_workload_comes_through_a_command_line():
     assert (config.model.dtype, config.model.channels) == ("bfloat16", 8)
 
 
-def result(name, loss, parameters=10):
-    return Result(name, {"parameters": parameters}, loss, cold=9.0, warm=3.0)
+def result(name, loss, parameters=10, platform="cpu"):
+    about = {"parameters": parameters, "platform": platform, "devices": "x", "versions": {"y": 1}}
+    return Result(name, about, loss, cold=9.0, warm=3.0, memory=2**30)
 
 
 def test_other_work_is_no_contest():
@@ -93,6 +94,8 @@ def test_other_work_is_no_contest():
             contest.check_equal_work([ours, other])
     with pytest.raises(DifferentWorkError, match="diffusers has 11 parameters, ours 10"):
         contest.check_equal_work([ours, result("diffusers", 1.0, 11)])
+    with pytest.raises(DifferentWorkError, match="lucidrains runs on a gpu, ours on a cpu"):
+        contest.check_equal_work([ours, result("lucidrains", None, 7, "gpu")])
 
 
 class FakeWorker:
@@ -113,11 +116,13 @@ def test_contestants_take_turns_in_another_order_each_round():
     workers = {name: FakeWorker(name, i + 1.0, asked) for i, name in enumerate(names)}
     results = {name: result(name, 1.0) for name in names}
     contest._rounds("train", Workload("digits", 64), workers, results, 3, lambda line: None)
-    turns = [name for name, what, _ in asked if what == "train"][3:]
+    trained = [(name, n) for name, what, n in asked if what == "train"][3:]
+    assert [n for _, n in trained[::2]] == [1] * 9  # Nobody is timed when just awake.
+    turns = [name for name, _ in trained[1::2]]
     assert turns == ["ours", "one", "two", "one", "two", "ours", "two", "ours", "one"]
-    steps = {name: n for name, what, n in asked[3:] if what == "train"}
+    steps = dict(trained[1::2])
     assert steps == {"ours": 5, "one": 2, "two": 2}  # As many as take about equally long.
-    assert results["two"].train == [3.0] * 3 and results["two"].memory == 5
+    assert results["two"].train == [3.0] * 3
     assert contest.ratio(results["ours"].train, results["two"].train) == pytest.approx([1 / 3] * 3)
 
 
@@ -137,7 +142,7 @@ def test_the_tables_name_what_was_measured():
     one, other = result("ours", 1.0), result("diffusers", 1.0)
     for each, seconds in ((one, 0.5), (other, 1.0)):
         each.train, each.sample, each.evaluate = [seconds] * 3, [seconds] * 3, [seconds] * 3
-        each.matrix, each.memory = [100e9] * 3, 2**30
+        each.matrix = [100e9] * 3
     found = {
         "hardware": {"processor": "a CPU", "cores": 2, "python": "3.11"},
         "networks": {
@@ -148,12 +153,17 @@ def test_the_tables_name_what_was_measured():
             }
         },
         "start": {"digits": {"cold": 20.0, "warm": 4.0}},
-        "input": {"digits": {"batch": 64, "resident": True, "waiting": 0.004}},
+        "input": {"digits": {"batch": 64, "where": "on the device", "waiting": 0.004}},
+        "curves": {
+            "network": "digits",
+            "points": {"T": [{"at": t, "seconds": t / 100, "nbytes": 2**29} for t in (100, 300)]},
+        },
     }
     text = page.tables(json.loads(json.dumps(found)))
     (row,) = [line for line in text.splitlines() if line.startswith("| diffusers")]
     assert "| 1 (1–1) | 0.50 (0.50–0.50) |" in row and "30.0 (30% of 100)" in row
     assert "| digits | 20.0 | 4.0 |" in text and "| digits | 64 | on the device | 0.40% |" in text
+    assert "| T | 300 | 3 s a chain | 3.00 | 0.50 |" in text
 
 
 @pytest.mark.parametrize(
@@ -163,6 +173,7 @@ def test_the_tables_name_what_was_measured():
         ("--networks=imagenet", "--networks=imagenet: choose from digits, small, cifar10"),
         ("--rounds=0", "--rounds=0: at least 1"),
         ("--contestants=diffusers", "--contestants: ours goes first"),
+        ("--contestants=ours,diffusers,diffusers", "--contestants: each must be named once"),
         ("--contestants=ours,difusers", "--contestants=difusers: choose from ours, ours+bf16"),
         ("--contestants=ours+compile", "--contestants=ours+compile: choose from"),
         ("--contestants=ours,diffusers+fp8", "--contestants=diffusers+fp8: choose from"),
