@@ -148,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def whole() -> int:
         flags = parse(argv)
+        # This process shares an accelerator with the contestants, and needs little of it.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         on_accelerator = default_backend() != "cpu"
         names = flags.contestants.split(",") if flags.contestants else []
         names = names or contest.contestants(on_accelerator)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.evaluation import names
-from ddpm_jax.parallel import Layout, make_layout, release_memory
+from ddpm_jax.parallel import Layout, make_layout
 from ddpm_jax.runs import Run, image_shape, make_model
 from ddpm_jax.training.state import State, init_state, make_optimizer
 from ddpm_jax.training.step import Task
@@ -37,9 +37,7 @@ class Job:
         # Run once: most of the compiler's optimisations take longer than they save.
         quick = {"xla_backend_optimization_level": 1}
         start = jax.jit(self.initial, out_shardings=self.sharding, compiler_options=quick)
-        state = jax.block_until_ready(start(np.int32(self.config.seed)))
-        release_memory()
-        return state
+        return start(np.int32(self.config.seed))  # On its way while the step is traced.
 
 
 def make_job(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> Job:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ddpm_jax import interop
-from ddpm_jax.config import RequestError
+from ddpm_jax.config import RequestError, make_schedule
 from ddpm_jax.runs import image_shape, make_model
 from experiments.speeding.server import Worker, WorkerError
 from experiments.speeding.workloads import Workload
@@ -90,7 +90,7 @@ def specification(workload: Workload) -> dict[str, Any]:
         "weights": interop.WEIGHTS_FILE,
         "shape": shape,
         "batch": workload.batch,
-        "beta": (config.diffusion.beta_start, config.diffusion.beta_end),  # Linear in all NETWORKS.
+        "beta": np.asarray(make_schedule(config).beta, np.float64).tolist(),  # At 0..T.
         "num_steps": config.diffusion.num_steps,
         "flip": config.data.flip,
         **{key: model[key] for key in ("channels", "channel_multipliers", "dropout")},

@@ -39,7 +39,7 @@ class Diffusion:
         self.network = UNet2DModel.from_config(work["network"]).to(DEVICE)
         self.call = lambda x, t: self.network(x, t).sample
         self.steps = work["num_steps"]
-        beta = np.concatenate([[0.0], np.linspace(*work["beta"], self.steps)])  # At 0..T.
+        beta = np.asarray(work["beta"])  # At 0..T.
         alpha_bar = np.cumprod(1 - beta)
         before = np.concatenate([[1.0], alpha_bar[:-1]])
         noise = 1 - alpha_bar
