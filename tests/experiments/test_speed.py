@@ -144,7 +144,7 @@ def test_the_tables_name_what_was_measured():
         each.train, each.sample, each.evaluate = [seconds] * 3, [seconds] * 3, [seconds] * 3
         each.matrix = [100e9] * 3
     found = {
-        "hardware": {"processor": "a CPU", "cores": 2, "python": "3.11"},
+        "hardware": {"processor": "a CPU", "cores": 2, "python": "3.11", "XLA_FLAGS": ""},
         "networks": {
             "digits": {
                 "batch": 64,
