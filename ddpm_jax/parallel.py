@@ -90,6 +90,15 @@ def network_jit(function: Callable[..., Any], **how: Any) -> jax.stages.Wrapped:
     return jax.jit(function, compiler_options=options, **how)
 
 
+def once_jit(function: Callable[..., Any], **how: Any) -> jax.stages.Wrapped:
+    """`jax.jit` of what runs once: most of the compiler's work would take longer than it saves.
+
+    Args:
+      how: of `jax.jit`.
+    """
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 1}, **how)
+
+
 def compile_call(
     layout: Layout, call: Callable[..., tuple[Any, Any]], state_sharding: Any
 ) -> _Compiled | _Mapped:

@@ -21,7 +21,7 @@ from ddpm_jax.evaluation import cost, manifest, reference
 from ddpm_jax.generation import padded_batch
 from ddpm_jax.interruption import Interrupted, Watch
 from ddpm_jax.models import UNet
-from ddpm_jax.parallel import compile_call, from_host, to_host
+from ddpm_jax.parallel import compile_call, from_host, once_jit, to_host
 from ddpm_jax.parts import Arrays
 from ddpm_jax.progress import Progress
 from ddpm_jax.training.checkpoints import Checkpoints
@@ -198,9 +198,7 @@ class Trainer:
         )
         found = self._checkpoints.restore(abstract, warn=self._study.say)
         if found is None:
-            # Run once: not worth the compiler's optimisations.
-            quick = {"xla_backend_optimization_level": 0}
-            initial = jax.jit(self._initial, out_shardings=replicated, compiler_options=quick)
+            initial = once_jit(self._initial, out_shardings=replicated)
             state, step, notes = initial(), 0, {}
         else:
             state, step, notes = found

@@ -207,14 +207,15 @@ def test_gradients_of_convolutions_are_forward_ones():
 
 @pytest.mark.parametrize("offset", [0.0, 1e3])
 def test_sums_and_statistics_of_large_maps(offset):
-    """65,536 terms in float32 beside float64's; a mean of 1e3 σ leaves five digits of it."""
+    """65,536 terms beside float64's; a mean of 1e3 σ leaves the norm no more than five digits."""
     x = np.random.default_rng(0).normal(size=(1, 256, 256, 4)).astype("f4") + np.float32(offset)
     exact = x.astype("f8").sum(axis=(1, 2))
-    np.testing.assert_allclose(layers.pixel_sums(x), exact, rtol=1e-5, atol=1e-5 * 256**2)
+    np.testing.assert_allclose(layers.pixel_sums(x), exact, rtol=1e-6, atol=1e-6 * 256**2)
+    np.testing.assert_allclose(layers.pixel_sums(x**2), (x**2).astype("f8").sum((1, 2)), rtol=1e-6)
     wide = x.astype("f8")
     want = (wide - wide.mean(axis=(1, 2))) / np.sqrt(wide.var(axis=(1, 2)) + 1e-6)
     got = layers.group_norm(x, jnp.ones(4), jnp.zeros(4), 4, False)
-    np.testing.assert_allclose(got, want, atol=5e-4 if offset else 1e-4)
+    np.testing.assert_allclose(got, want, atol=5e-4 if offset else 5e-6)
 
 
 def test_stride_two_is_padded_as_tensorflows_same():
@@ -300,7 +301,7 @@ def test_images_that_do_not_divide_are_refused():
 def test_rematerialisation_changes_memory_alone():
     """Names, outputs and dropout's masks are the same, gradients to rounding; less is kept."""
     plain, again = (
-        UNet(8, (1,), 1, (8,), dropout=0.3, norm_groups=4, remat=remat) for remat in (False, True)
+        UNet(8, (1,), 3, (8,), dropout=0.3, norm_groups=4, remat=remat) for remat in (False, True)
     )
     assert shapes(again, 8) == shapes(plain, 8)
     params = randomised(shapes(plain, 8))
@@ -319,7 +320,7 @@ def test_rematerialisation_changes_memory_alone():
         return program.memory_analysis().temp_size_in_bytes
 
     usual, frugal = compiled(plain), compiled(again)
-    assert temporary(frugal) < 0.65 * temporary(usual)
+    assert temporary(frugal) < 0.5 * temporary(usual)
     (grads, out), (grads_again, out_again) = (f(*inputs, masks) for f in (usual, frugal))
     np.testing.assert_allclose(out_again, out, rtol=1e-5, atol=1e-5 * np.abs(out).max())
     other = usual(*inputs, others)[1]

@@ -124,7 +124,9 @@ class Batches:
                 f"{dict(sharding.mesh.shape)}"
             ) from error
         self._gather = resident_gather(source, sharding) if resident is True else resident
-        self._stall_seconds, self._attempts, self._stop = stall_seconds, attempts, stop
+        # A gather can only wait for its devices, which is noticed elsewhere.
+        self._stall_seconds = 0.0 if self._gather else stall_seconds
+        self._attempts, self._stop = attempts, stop
         self._reader = self._new_reader()
         self._ahead: collections.deque[tuple[int, concurrent.futures.Future]] = collections.deque()
 
@@ -180,9 +182,7 @@ class Batches:
         """
         began = time.monotonic()
         while not batch.done():
-            # A gather can only wait for its devices, which is noticed elsewhere.
-            patience = math.inf if self._gather else self._stall_seconds or math.inf
-            left = patience - (time.monotonic() - began)
+            left = (self._stall_seconds or math.inf) - (time.monotonic() - began)
             if left <= 0:
                 return False
             # Not the result's own time limit, whose error could be one of reading.

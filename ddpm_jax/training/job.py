@@ -11,7 +11,7 @@ import numpy as np
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.evaluation import names
-from ddpm_jax.parallel import Layout, make_layout
+from ddpm_jax.parallel import Layout, make_layout, once_jit
 from ddpm_jax.runs import Run, image_shape, make_model
 from ddpm_jax.training.state import State, init_state, make_optimizer
 from ddpm_jax.training.step import Task
@@ -34,9 +34,7 @@ class Job:
 
     def start(self) -> State:
         """The state before the first step, where it lies; compiled here."""
-        # Run once: most of the compiler's optimisations take longer than they save.
-        quick = {"xla_backend_optimization_level": 1}
-        start = jax.jit(self.initial, out_shardings=self.sharding, compiler_options=quick)
+        start = once_jit(self.initial, out_shardings=self.sharding)
         return start(np.int32(self.config.seed))  # On its way while the step is traced.
 
 

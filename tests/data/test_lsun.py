@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
+from sources_for_tests import everything, refusal
 
-from ddpm_jax.config import RequestError, default_config, load_file
+from ddpm_jax.config import default_config, load_file
 from ddpm_jax.data import ArraySource, Batches, ReadError, RecordSource, lsun, open_source
 
 lmdb = pytest.importorskip("lmdb")
@@ -60,7 +61,6 @@ def config(tmp_path):
         cache_dir=str(tmp_path / "cache"),
         image_size=8,
         resident_bytes=0,
-        cache_bytes=0,
     )
     return config
 
@@ -72,18 +72,6 @@ def church(config, tmp_path):
     path = make(tmp_path / "lsun/church_outdoor_train_lmdb", records)
     levels = [level for _, level in sorted((key, n) for n, key in enumerate(records))]
     return config, path, levels
-
-
-def everything(source):
-    return source.images(np.arange(len(source)))
-
-
-def refusal(config, split=None):
-    with pytest.raises(RequestError) as caught:
-        open_source(config, split)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 # Preparation.
