@@ -3,7 +3,7 @@
     python -m ddpm_jax.main --config=configs/digits.py --workdir=runs/digits
     python -m ddpm_jax.main --config=configs/digits.py:mu,vlb,learned --workdir=runs/digits_mu
 
-Cost: about four minutes on two CPU cores.
+Cost: four to five minutes on two CPU cores.
 Expected: digits that anyone recognises; see the README for what a classifier says of them.
 Evaluation takes 30 of the bound's 1,000 terms, stratified: unbiased, and little less precise.
 The cosine schedule, since of the linear one's T steps an image of 8×8 is noise for most.
