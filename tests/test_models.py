@@ -80,7 +80,8 @@ def test_network_embeds_t_minus_one():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ddpm_jax.models.unet.timestep_embedding", spy)
-        np.testing.assert_array_equal(apply(model.clone(), params, x, t), out)
+        # Another program, and so other roundings.
+        np.testing.assert_allclose(apply(model.clone(), params, x, t), out, rtol=1e-5)
     np.testing.assert_array_equal(seen[0], [0, 39])
 
 
@@ -153,7 +154,7 @@ def test_a_shift_of_all_pixels_has_the_gradient_of_a_broadcast_sum():
 
 def test_the_way_back_keeps_the_inputs_of_layers_alone():
     """Normalised maps, SiLU's and transposed ones are made again: else they are most of it."""
-    depth, map_shape = 8, (2, 32, 32, 16)
+    map_shape = (2, 32, 32, 16)
 
     def loss(kernels, x):
         ones = jnp.ones(16)
@@ -162,11 +163,15 @@ def test_the_way_back_keeps_the_inputs_of_layers_alone():
             x = layers.conv2d(x, kernel, 1, ((1, 1), (1, 1)))
         return (x**2).sum()
 
-    x = jax.ShapeDtypeStruct(map_shape, jnp.float32)
-    kernels = jax.ShapeDtypeStruct((depth, 3, 3, 16, 16), jnp.float32)
-    needs = network_jit(jax.grad(loss)).lower(kernels, x).compile().memory_analysis()
+    def maps(depth):
+        x = jax.ShapeDtypeStruct(map_shape, jnp.float32)
+        kernels = jax.ShapeDtypeStruct((depth, 3, 3, 16, 16), jnp.float32)
+        needs = network_jit(jax.grad(loss)).lower(kernels, x).compile().memory_analysis()
+        return needs.temp_size_in_bytes / 4 / np.prod(map_shape)
+
     # Each layer's input and that of its convolution, and a few of the one on its way.
-    assert needs.temp_size_in_bytes < (2 * depth + 3) * 4 * np.prod(map_shape)
+    assert maps(8) - maps(4) < 2 * 4 + 0.5
+    assert maps(8) < 2 * 8 + 4
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ddpm_jax.models import winograd
+
 INIT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 # The authors' "zero": the last layer of each branch starts at nearly nothing.
 NEARLY_ZERO = nn.initializers.variance_scaling(1e-10, "fan_avg", "uniform")
@@ -102,11 +104,11 @@ add_to_pixels.defvjp(_add_forward, _add_backward)
 def conv2d(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
     """Convolution of x [batch, h, w, in] with kernel [kh, kw, in, out].
 
-    The values and gradients of `lax.conv_general_dilated`. On CPUs the gradients are stated as
-    ordinary forward convolutions, since XLA runs its own forms of them several times slower
-    within a loop (jax#12868). Reverse mode only: no jvp.
+    The values and gradients of `lax.conv_general_dilated`. On CPUs by `winograd` where that is
+    faster, and the gradients are stated as ordinary forward convolutions, since XLA runs its own
+    forms of them several times slower within a loop (jax#12868). Reverse mode only: no jvp.
     """
-    return _conv(x, kernel, stride, padding)
+    return _conv_forward(x, kernel, stride, padding)[0]
 
 
 def _conv(x, kernel, stride, padding, x_dilation=1, kernel_dilation=1):
@@ -121,8 +123,14 @@ def _conv(x, kernel, stride, padding, x_dilation=1, kernel_dilation=1):
     )
 
 
+# Under jit equal layers are traced and lowered once: half of the time until the first step.
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def _conv_forward(x, kernel, stride, padding):
-    return _conv(x, kernel, stride, padding), (x, kernel)
+    def as_xla(x, kernel):
+        return _conv(x, kernel, stride, padding)
+
+    on_cpu = winograd.conv3x3 if winograd.applies(x, kernel, stride, padding) else as_xla
+    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=as_xla), (x, kernel)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -135,10 +143,12 @@ def _conv_backward(stride, padding, saved, g):
     def as_forward(x, kernel, g):
         # Else the transposes below are made on the way forward, and kept.
         x, kernel, g = lax.optimization_barrier((x, kernel, g))
+        flipped = kernel[::-1, ::-1].swapaxes(2, 3)
+        if winograd.applies(x, kernel, stride, padding):
+            return winograd.conv3x3(g, flipped), winograd.kernel_gradient(x, g)
         sizes = list(zip(x.shape[1:3], kernel.shape[:2], g.shape[1:3], padding, strict=True))
         # Of x: the flipped kernel, its channels swapped, over g with gaps where strides skipped.
         pads = [(k - 1 - p[0], n - 1 - (m - 1) * stride + p[0]) for n, k, m, p in sizes]
-        flipped = kernel[::-1, ::-1].swapaxes(2, 3)
         dx = _conv(g, flipped, 1, pads, x_dilation=stride)
         # Of the kernel: the batch is contracted, in the place of the channels. Rows that the
         # strided window never reached have no part in it.
@@ -210,7 +220,6 @@ def group_norm(
     return _group_norm_forward(x, scale, bias, groups, silu)[0]
 
 
-# Under jit equal layers are traced and lowered once: half of the time until the first step.
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _group_norm_forward(x, scale, bias, groups, silu):
     mean, inverse = _group_statistics(x.astype(jnp.float32), groups)
