@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ddpm_jax import config as config_lib
 from ddpm_jax.training.job import make_job
 from experiments import speed
 from experiments.speeding import accelerators, contest, page, workloads
@@ -136,6 +137,14 @@ def test_a_step_on_paper():
     ring = 2 * 3 / 4 * 1e9 / 50e9
     assert accelerators.step_seconds(8e12, 1e9, 1e9, on, 0.5) == pytest.approx(0.04 + ring)
     assert accelerators.step_seconds(8e9, 8e12, 1e9, on, 0.5) == pytest.approx(2.0 + ring)
+
+
+def test_a_step_on_paper_is_that_of_accelerators():
+    """Convolutions as they are written, not in CPUs' form with half of the multiplications."""
+    config = config_lib.load_file("configs/digits.py")
+    job = make_job(config, jax.devices()[:1])
+    by_hand = 3 * workloads.network_flops(job)
+    assert 0.9 * by_hand < accelerators.step_cost(job)["flops"] < 1.1 * by_hand
 
 
 def test_the_tables_name_what_was_measured():
