@@ -51,7 +51,7 @@ def test_matrices_are_a_correlation():
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 5), (10, 3), (11, 16), (28, 28)])
 def test_values_and_gradients_are_the_convolutions(size):
-    x, kernel, dy = made(3, *size, 16), made(3, 3, 16, 24), made(3, *size, 24)
+    x, kernel, dy = made(3, *size, 32), made(3, 3, 32, 48), made(3, *size, 48)
     assert winograd.applies(x, kernel, 1, SAME)
     y, pull = jax.vjp(lambda *a: layers.conv2d(*a, 1, SAME), jnp.asarray(x), jnp.asarray(kernel))
     np.testing.assert_allclose(y, direct(x, kernel), atol=1e-4)
@@ -71,7 +71,7 @@ def test_digits_are_those_of_other_libraries():
 
 
 def test_half_of_the_multiplications():
-    x, kernel = jnp.ones((1, 32, 32, 16)), jnp.ones((3, 3, 16, 16))
+    x, kernel = jnp.ones((1, 32, 32, 32)), jnp.ones((3, 3, 32, 32))
 
     def conv(x, kernel):
         return layers.conv2d(x, kernel, 1, SAME)
@@ -79,7 +79,7 @@ def test_half_of_the_multiplications():
     def work(function):
         return jax.jit(function).lower(x, kernel).compile().cost_analysis()["flops"]
 
-    plain = 2 * 32 * 32 * 9 * 16 * 16
+    plain = 2 * 32 * 32 * 9 * 32 * 32
     # The rest are the sums before and after.
     assert work(conv) < 0.65 * plain
     gradients = jax.grad(lambda *a: (conv(*a) ** 2).sum(), argnums=(0, 1))
@@ -91,7 +91,7 @@ def test_half_of_the_multiplications():
 
 
 def test_where_it_does_not_apply():
-    x, kernel = jnp.ones((1, 8, 8, 16)), jnp.ones((3, 3, 16, 16))
+    x, kernel = jnp.ones((1, 8, 8, 32)), jnp.ones((3, 3, 32, 32))
     assert winograd.applies(x, kernel, 1, SAME)
     assert not winograd.applies(x, kernel, 2, SAME)
     assert not winograd.applies(x, kernel, 1, ((0, 1), (0, 1)))
@@ -103,7 +103,7 @@ def test_where_it_does_not_apply():
 
 
 def test_other_platforms_are_left_their_own():
-    x, kernel = jnp.ones((1, 8, 8, 16)), jnp.ones((3, 3, 16, 16))
+    x, kernel = jnp.ones((1, 8, 8, 32)), jnp.ones((3, 3, 32, 32))
     text = (
         jax.jit(lambda *a: layers.conv2d(*a, 1, SAME))
         .trace(x, kernel)

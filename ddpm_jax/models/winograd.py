@@ -42,7 +42,7 @@ def matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def applies(x: jax.Array, kernel: jax.Array, stride: int, padding: Sequence) -> bool:
     """Whether `conv3x3` is this convolution, and faster: small maps and few channels are not."""
     same = kernel.shape[:2] == (3, 3) and stride == 1 and padding == ((1, 1), (1, 1))
-    large = x.shape[1] >= 8 and min(kernel.shape[2:]) >= 16
+    large = x.shape[1] >= 8 and min(kernel.shape[2:]) >= 32
     return same and large and x.dtype == jnp.float32
 
 

@@ -144,7 +144,8 @@ def test_a_step_on_paper_is_that_of_accelerators():
     config = config_lib.load_file("configs/digits.py")
     job = make_job(config, jax.devices()[:1])
     by_hand = 3 * workloads.network_flops(job)
-    assert 0.9 * by_hand < accelerators.step_cost(job)["flops"] < 1.1 * by_hand
+    # XLA leaves out what meets padding: a sixth on maps of 8 × 8.
+    assert 0.8 * by_hand < accelerators.step_cost(job)["flops"] < by_hand
 
 
 def test_the_tables_name_what_was_measured():
