@@ -37,7 +37,7 @@ from ddpm_jax.data.records import ReadError
 from ddpm_jax.training import goodput
 from ddpm_jax.training.best import Best
 from ddpm_jax.training.checkpoints import CheckpointError, Checkpoints
-from ddpm_jax.training.job import initial_state, make_job
+from ddpm_jax.training.job import Job, initial_state, make_job
 from ddpm_jax.training.lane import Lane
 from ddpm_jax.training.metrics import NonFiniteError, Window
 from ddpm_jax.training.step import train_step
@@ -51,13 +51,14 @@ def three_floats():
 
 def make_a_batch_fail(monkeypatch, steps):
     """The images of these steps (counted from 0) become something that no loss is finite of."""
-    original = Batches.__call__
+    original, shape = Batches.__call__, Job.images.fget
 
     def call(self, step):
         images = original(self, step)
         return images.astype("float32") * np.float32("nan" if step in steps else 1)
 
     monkeypatch.setattr(Batches, "__call__", call)
+    monkeypatch.setattr(Job, "images", property(lambda self: shape(self).update(dtype="float32")))
 
 
 # Numbers that are none.

@@ -11,10 +11,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
-import platform
 import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +20,6 @@ import pytest
 from runs_for_tests import ROOT, TINY, arguments, assert_equal_states, final_state, start
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import parallel
 from ddpm_jax.config import RequestError
 from ddpm_jax.data import Batches, open_source
 from ddpm_jax.evaluation.bound import compile_terms
@@ -344,57 +340,3 @@ def again():
     config = small_config()
     config.parallel.remat = True
     return config
-
-
-def test_the_compiler_s_options_are_those_of_its_version_and_the_user_s_go_first(monkeypatch):
-    """That XLA takes them is seen by every test that compiles a step."""
-    monkeypatch.setattr(parallel.jax, "jit", lambda function, **how: how)
-    monkeypatch.setattr(parallel.jaxlib.version, "__version__", "0.10.2")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
-    ynn, passes = "xla_cpu_experimental_ynn_fusion_type", "xla_disable_hlo_passes"
-    ours = {ynn: "LIBRARY_FUSION_TYPE_DOT", passes: "cse_barrier_expander"}
-    want = {"compiler_options": ours, "donate_argnums": 0}
-    assert parallel.network_jit(len, donate_argnums=0) == want
-    monkeypatch.setenv("XLA_FLAGS", f"--{ynn}=eltwise")
-    assert parallel.network_jit(len) == {"compiler_options": {passes: ours[passes]}}
-    monkeypatch.setenv("XLA_FLAGS", f"--{ynn}=eltwise --{passes}=")
-    assert parallel.network_jit(len) == {"compiler_options": {}}
-    monkeypatch.setenv("XLA_FLAGS", "")
-    monkeypatch.setattr(parallel.jaxlib.version, "__version__", "0.11.0")
-    assert parallel.network_jit(len) == {"compiler_options": {}}
-
-
-def test_a_step_is_compiled_once_and_what_that_took_is_given_back_before_it_runs(monkeypatch):
-    events = []
-    monkeypatch.setattr(parallel, "release_memory", lambda: events.append("released"))
-
-    def call(state, images, axis_name=None):
-        events.append("traced")
-        jax.debug.callback(lambda: events.append("ran"))
-        return state + images.sum(), images.max()
-
-    layout = make_layout("jit", jax.devices()[:1])
-    program = compile_call(layout, call, layout.replicated)
-    state = jnp.zeros(())
-    for _ in range(2):
-        state, _ = program(state, jnp.ones((1, 4)))
-        jax.effects_barrier()
-    assert events == ["traced", "released", "ran", "ran"] and state == 8
-
-
-def test_memory_that_was_freed_goes_back_to_the_system():
-    """Small pieces, which glibc would keep; on other systems there is nothing to see."""
-    code = """
-import pathlib
-from ddpm_jax.parallel import release_memory
-def resident():
-    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
-pieces = [bytes(1000) for _ in range(200_000)]
-del pieces[::2], pieces[:-1]
-before = resident()
-release_memory()
-assert before - resident() > 2**26, (before, resident())
-"""
-    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
-        pytest.skip("only glibc keeps it")
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

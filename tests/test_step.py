@@ -54,6 +54,19 @@ def state():
     return dataclasses.replace(state, params=params)
 
 
+def test_initial_parameters_are_flax_s_own():
+    """To the bit those of `lazy_init`, which never passes anything through the network."""
+    task = make_task()
+    model = task.model
+    x, t = jax.ShapeDtypeStruct((1, SIZE, SIZE, 1), "float32"), jax.ShapeDtypeStruct((1,), "int32")
+    key = keys.purpose_key(task.seed, "init")
+    want = jax.jit(lambda: model.lazy_init(key, x, t)["params"])()
+    make = jax.jit(lambda: init_state(model, task.optimizer, (SIZE, SIZE, 1), task.seed))
+    jax.tree.map(np.testing.assert_array_equal, make().params, want)
+    text = make.lower().as_text()
+    assert "convolution" not in text and "dot_general" not in text  # Nor does ours, under jit.
+
+
 @pytest.fixture(scope="module")
 def images():
     return jnp.asarray(

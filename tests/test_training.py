@@ -6,13 +6,18 @@ import re
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 from runs_for_tests import ROOT, arguments, assert_equal_states, final_state, lines, start, train
 
 from ddpm_jax import generation
-from ddpm_jax.main import main
+from ddpm_jax.config import RequestError
+from ddpm_jax.main import main, parse, resolve
+from ddpm_jax.training import loop
+from ddpm_jax.training.job import Job
+from ddpm_jax.training.lane import Lane
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +110,35 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(tmp_p
     assert all(np.isfinite(leaf).all() for leaf in state.values())
 
 
+def test_an_initial_state_that_cannot_be_had_ends_the_training(tmp_path, monkeypatch):
+    def start(self):
+        raise MemoryError("made")
+
+    monkeypatch.setattr(Job, "start", start)
+    config = resolve(*parse(arguments(tmp_path)))
+    with pytest.raises(MemoryError, match="made"):
+        loop.train(config, str(tmp_path), print)
+
+
+def test_the_initial_state_is_waited_for_whatever_ends_the_training(tmp_path, monkeypatch):
+    """It is computed beside all else; a process that ends within XLA may crash."""
+    done = []
+
+    def start(self):
+        time.sleep(0.3)
+        done.append(True)
+
+    def refuse(self, source, force):
+        raise RequestError("made")
+
+    monkeypatch.setattr(Job, "start", start)
+    monkeypatch.setattr(Lane, "check", refuse)
+    config = resolve(*parse(arguments(tmp_path)))
+    with pytest.raises(RequestError, match="made"):
+        loop.train(config, str(tmp_path), print)
+    assert done
+
+
 def test_another_config_is_refused_but_harmless_changes_are_not(whole, tmp_path, capsys):
     assert train(tmp_path, train__steps=10) == 0
     assert train(tmp_path, train__batch_size=16, model__dropout=0.2) == 2
@@ -126,7 +160,11 @@ def test_a_finished_run_has_nothing_left_to_do(whole, capsys):
 FULL = """
 import resource, signal, sys, time
 from ddpm_jax.data import Batches
-from ddpm_jax.main import main
+from ddpm_jax.config import RequestError
+from ddpm_jax.main import main, parse, resolve
+from ddpm_jax.training import loop
+from ddpm_jax.training.job import Job
+from ddpm_jax.training.lane import Lane
 from ddpm_jax.training.checkpoints import Checkpoints
 
 save, call = Checkpoints.save, Batches.__call__

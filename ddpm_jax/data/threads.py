@@ -20,14 +20,15 @@ def run_all(function: Callable[[Any], None], pieces: Iterable[Any], name: str) -
     Raises:
       Whatever the call of the first piece that failed raised, when those before it are done.
     """
-    for future in [_started(function, piece, name) for piece in pieces]:
+    for future in [started(function, piece, name) for piece in pieces]:
         future.result()
 
 
-def _started(function: Callable[[Any], None], piece: Any, name: str) -> Future:
+def started(function: Callable[[Any], Any], argument: Any, name: str) -> Future:
+    """The future result of function(argument), called in a new thread of this name."""
     future: Future = Future()
     threading.Thread(
-        target=_carry_out, args=(future, function, piece), name=name, daemon=True
+        target=_carry_out, args=(future, function, argument), name=name, daemon=True
     ).start()
     return future
 

@@ -88,20 +88,13 @@ class Memory:
         return self.params + self.ema_params + self.optimizer + self.images + self.temporary
 
 
-def batch_shape(job: Job) -> jax.ShapeDtypeStruct:
-    """The batches of a call, uint8 [steps, batch, height, width, channels], as they lie."""
-    config = job.config
-    shape = (config.train.steps_per_call, config.train.batch_size, *image_shape(config))
-    return jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=job.layout.split(1))
-
-
 def memory(job: Job, options: Mapping[str, Any] | None = None) -> Memory:
     """The memory of a device, from the program of a call, which is compiled for it.
 
     Args:
       options: the compiler's.
     """
-    images = batch_shape(job)
+    images = job.images
     call = compile_call(job.layout, functools.partial(train_call, job.task), job.sharding)
     needs = call.lower(job.abstract, images).compile(options).memory_analysis()
     state = job.abstract
@@ -116,7 +109,7 @@ def _bytes_a_device(tree: Any) -> int:
 
 
 def _cost_lines(job: Job) -> list[str]:
-    batch = list(batch_shape(job).shape)
+    batch = list(job.images.shape)
     needs = memory(job)
     return [
         f"batch: uint8 {batch}, split over {job.layout.num_devices} devices",

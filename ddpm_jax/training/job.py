@@ -11,7 +11,7 @@ import numpy as np
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.evaluation import names
-from ddpm_jax.parallel import Layout, make_layout, once_jit
+from ddpm_jax.parallel import Layout, make_layout, once_jit, uncollected
 from ddpm_jax.runs import Run, image_shape, make_model
 from ddpm_jax.training.state import State, init_state, make_optimizer
 from ddpm_jax.training.step import Task
@@ -25,17 +25,23 @@ class Job:
     layout: Layout
     task: Task
     abstract: State  # Shapes, dtypes and shardings of the state.
-    initial: Callable[[jax.Array], State]  # `initial_state`, traced once for shapes and values.
+    initial: Callable[[jax.Array], State]  # `initial_state`, laid out; compiled when it is called.
 
     @property
     def sharding(self) -> State:
         """The sharding of each leaf of the state."""
         return jax.tree.map(lambda x: x.sharding, self.abstract)
 
+    @property
+    def images(self) -> jax.ShapeDtypeStruct:
+        """The batches of a call, uint8 [steps, batch, height, width, channels], as they lie."""
+        train = self.config.train
+        shape = (train.steps_per_call, train.batch_size, *image_shape(self.config))
+        return jax.ShapeDtypeStruct(shape, np.uint8, sharding=self.layout.split(1))
+
     def start(self) -> State:
-        """The state before the first step, where it lies; compiled here."""
-        start = once_jit(self.initial, out_shardings=self.sharding)
-        return start(np.int32(self.config.seed))  # On its way while the step is traced.
+        """The state before the first step, where it lies."""
+        return self.initial(np.int32(self.config.seed))
 
 
 def make_job(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> Job:
@@ -66,13 +72,15 @@ def make_job(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | 
         skip_nonfinite=config.train.nonfinite == "skip",
     )
     initial = jax.jit(initial_state(config, task))
-    shapes = jax.eval_shape(initial, np.int32(0))
+    with uncollected():
+        shapes = jax.eval_shape(initial, np.int32(0))  # Traced here, once for all.
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         shapes,
         layout.state(shapes),
     )
-    return Job(config, layout, task, abstract, initial)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    return Job(config, layout, task, abstract, once_jit(initial, out_shardings=shardings))
 
 
 def initial_state(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 from ddpm_jax import session
 from ddpm_jax.config import RequestError
 from ddpm_jax.data import Batches, Gather, Source, fingerprint
+from ddpm_jax.data.threads import started
 from ddpm_jax.evaluation.manifest import Measured, digest
 from ddpm_jax.evaluation.requests import Evaluator
 from ddpm_jax.evaluation.results import evaluate_and_keep
@@ -78,7 +80,7 @@ class Lane:
         watch.listeners.append(self.lives.interrupt)
         self._keeper = Keeper(self._train, directory, lock, clock, say)
         stack.callback(self._keeper.close)
-        self.state, self.step, self._notes = self._restored()
+        self._state, self.step, self._notes = self._restored()
         self.lives.begin(self.step)
         self.lives.check_progress(self._train.max_restarts)
         self._window = Window(self._notes.get("window"))
@@ -101,12 +103,27 @@ class Lane:
         with self._keeper.writing():
             self.lives.update(self.step)
 
-    def _restored(self) -> tuple[State, int, dict[str, Any]]:
+    @property
+    def state(self) -> State:
+        if isinstance(self._state, concurrent.futures.Future):
+            self._state = self._state.result()
+        return self._state
+
+    def _restored(self) -> tuple[State | concurrent.futures.Future, int, dict[str, Any]]:
         found = self._keeper.restore(self.job.abstract)
         if found is None:
-            return self.job.start(), 0, {}
+            return self._started(), 0, {}
         self._say(f"going on from step {found[1]}")
         return found
+
+    def _started(self) -> State | concurrent.futures.Future:
+        """The state before the first step, computed while the step is traced."""
+        if jax.process_count() > 1:  # All hosts have to run their programs in one order.
+            return self.job.start()
+        future = started(Job.start, self.job, "initial state")
+        # No process may end while XLA is at work in one of its threads.
+        self._stack.callback(concurrent.futures.wait, [future])
+        return future
 
     def check(self, source: Source, force: bool) -> None:
         """Refuses what the checkpoint does not fit; before anything is written.
@@ -177,7 +194,7 @@ class Lane:
         """
         self._keeper.poll()
         self.note_life()
-        self.state = state
+        self._state = state
         self.step += self._train.steps_per_call
         self._waiting.append((self.step, metrics))
         self.read(0 if self.due() else 1)

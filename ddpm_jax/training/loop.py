@@ -78,6 +78,9 @@ def train(
         lane.check(source, force)
         directory.save_config(config)
         lane.begin(source, nbytes(source) <= config.data.resident_bytes)
+        if lane.step < config.train.steps:
+            with clock.phase("compile"):
+                program.prepare((np.int32(0), job.abstract), job.images)
         run_lanes([lane], lambda group: call, watch, clock, say)
         if lane.error:
             raise lane.error

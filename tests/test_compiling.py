@@ -1,0 +1,101 @@
+"""How a step is compiled: with which options, how often, and what is left of it."""
+
+import gc
+import platform
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from runs_for_tests import ROOT
+
+from ddpm_jax import parallel
+from ddpm_jax.parallel import compile_call, make_layout
+
+
+def test_the_compiler_s_options_are_those_of_its_version_and_the_user_s_go_first(monkeypatch):
+    """That XLA takes them is seen by every test that compiles a step."""
+    monkeypatch.setattr(parallel.jax, "jit", lambda function, **how: how)
+    monkeypatch.setattr(parallel.jaxlib.version, "__version__", "0.10.2")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+    ynn, passes = "xla_cpu_experimental_ynn_fusion_type", "xla_disable_hlo_passes"
+    ours = {ynn: "LIBRARY_FUSION_TYPE_DOT", passes: "cse_barrier_expander"}
+    want = {"compiler_options": ours, "donate_argnums": 0}
+    assert parallel.network_jit(len, donate_argnums=0) == want
+    monkeypatch.setenv("XLA_FLAGS", f"--{ynn}=eltwise")
+    assert parallel.network_jit(len) == {"compiler_options": {passes: ours[passes]}}
+    monkeypatch.setenv("XLA_FLAGS", f"--{ynn}=eltwise --{passes}=")
+    assert parallel.network_jit(len) == {"compiler_options": {}}
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(parallel.jaxlib.version, "__version__", "0.11.0")
+    assert parallel.network_jit(len) == {"compiler_options": {}}
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_step_is_compiled_once_and_what_that_took_is_given_back_before_it_runs(
+    monkeypatch, ahead
+):
+    events = []
+    monkeypatch.setattr(parallel, "release_memory", lambda: events.append("released"))
+
+    def call(state, images, axis_name=None):
+        events.append("traced")
+        jax.debug.callback(lambda: events.append("ran"))
+        return state + images.sum(), images.max()
+
+    layout = make_layout("jit", jax.devices()[:1])
+    program = compile_call(layout, call, layout.replicated)
+    state = jnp.zeros(())
+    if ahead:
+        images = jax.ShapeDtypeStruct((1, 4), jnp.float32, sharding=layout.split(1))
+        program.prepare(jax.ShapeDtypeStruct((), state.dtype), images)
+        assert events == ["traced", "released"]
+    for _ in range(2):
+        state, _ = program(state, jnp.ones((1, 4)))
+        jax.effects_barrier()
+    assert events == ["traced", "released", "ran", "ran"] and state == 8
+
+
+def test_no_garbage_is_looked_for_while_a_step_is_traced(monkeypatch):
+    looks = []
+
+    def call(state, images, axis_name=None):
+        looks.append(gc.isenabled())
+        return state, images
+
+    def fail(state, images, axis_name=None):
+        raise ValueError("made")
+
+    layout = make_layout("jit", jax.devices()[:1])
+    shapes = jnp.zeros(()), jnp.ones((1, 4))
+    compile_call(layout, call, layout.replicated).prepare(*shapes)
+    assert looks == [False] and gc.isenabled()
+    with pytest.raises(ValueError, match="made"):
+        compile_call(layout, fail, layout.replicated).prepare(*shapes)
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with parallel.uncollected():
+            pass
+        assert not gc.isenabled()  # As it was before.
+    finally:
+        gc.enable()
+
+
+def test_memory_that_was_freed_goes_back_to_the_system():
+    """Small pieces, which glibc would keep; on other systems there is nothing to see."""
+    code = """
+import pathlib
+from ddpm_jax.parallel import release_memory
+def resident():
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
+pieces = [bytes(1000) for _ in range(200_000)]
+del pieces[::2], pieces[:-1]
+before = resident()
+release_memory()
+assert before - resident() > 2**26, (before, resident())
+"""
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        pytest.skip("only glibc keeps it")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
