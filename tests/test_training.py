@@ -3,16 +3,19 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 from runs_for_tests import ROOT, arguments, assert_equal_states, final_state, lines, start, train
 
-from ddpm_jax import generation
+from ddpm_jax import generation, parallel
 from ddpm_jax.config import RequestError
 from ddpm_jax.main import main, parse, resolve
 from ddpm_jax.training import loop
@@ -139,6 +142,48 @@ def test_the_initial_state_is_waited_for_whatever_ends_the_training(tmp_path, mo
     assert done
 
 
+def test_the_step_is_compiled_while_the_initial_state_is_computed(tmp_path, monkeypatch):
+    """Each waits for the other to have begun."""
+    begun = [threading.Event(), threading.Event()]
+    start, prepare = Job.start, parallel._Compiled.prepare
+
+    def starting(self):
+        begun[0].set()
+        assert begun[1].wait(60)
+        return start(self)
+
+    def preparing(self, *shapes):
+        begun[1].set()
+        assert begun[0].wait(60)
+        prepare(self, *shapes)
+        assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(shapes[0][1]))
+
+    monkeypatch.setattr(Job, "start", starting)
+    monkeypatch.setattr(parallel._Compiled, "prepare", preparing)
+    assert train(tmp_path, train__steps=2, train__checkpoint_every=2) == 0
+    assert final_state(tmp_path)[1] == 2
+
+
+def test_a_hang_while_the_step_is_compiled_is_noted_with_its_step(whole, tmp_path, monkeypatch):
+    shutil.copytree(whole, tmp_path / "run")
+    config = resolve(*parse(arguments(tmp_path / "run", train__steps=40)))
+    seen = []
+
+    def prepare(self, *shapes):
+        watch, clock = attended[0]
+        watch.farewell("nothing moves")
+        life = json.loads((tmp_path / "run/goodput.json").read_text(encoding="utf-8"))["lives"][-1]
+        seen.extend([clock.describe(), life["ended"]])
+        raise RequestError("made")
+
+    attended, watched = [], loop.watched
+    monkeypatch.setattr(loop, "watched", lambda *a: attended.append(watched(*a)) or attended[0])
+    monkeypatch.setattr(parallel._Compiled, "prepare", prepare)
+    with pytest.raises(RequestError, match="made"):
+        loop.train(config, str(tmp_path / "run"), print)
+    assert seen == ["in phase compile at step 20", "nothing moves"]
+
+
 def test_another_config_is_refused_but_harmless_changes_are_not(whole, tmp_path, capsys):
     assert train(tmp_path, train__steps=10) == 0
     assert train(tmp_path, train__batch_size=16, model__dropout=0.2) == 2
@@ -160,11 +205,7 @@ def test_a_finished_run_has_nothing_left_to_do(whole, capsys):
 FULL = """
 import resource, signal, sys, time
 from ddpm_jax.data import Batches
-from ddpm_jax.config import RequestError
-from ddpm_jax.main import main, parse, resolve
-from ddpm_jax.training import loop
-from ddpm_jax.training.job import Job
-from ddpm_jax.training.lane import Lane
+from ddpm_jax.main import main
 from ddpm_jax.training.checkpoints import Checkpoints
 
 save, call = Checkpoints.save, Batches.__call__

@@ -1,13 +1,16 @@
 """The products saved by tiles of rows: beside polynomials, float64 and the compiler's own count."""
 
+import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs_for_tests import start
 
 from ddpm_jax.models import layers, winograd
+from ddpm_jax.parallel import make_layout, network_jit
 
 SAME = ((1, 1), (1, 1))
 
@@ -111,3 +114,87 @@ def test_other_platforms_are_left_their_own():
         .as_text()
     )
     assert len(re.findall("stablehlo.convolution", text)) == 1
+
+
+def loss_gradients(x, kernel, dy):
+    """Of sum(dy · conv2d(x, kernel)) with respect to x and kernel."""
+
+    def loss(x, kernel):
+        return (dy * layers.conv2d(x, kernel, 1, SAME)).sum()
+
+    return jax.grad(loss, argnums=(0, 1))(x, kernel)
+
+
+def remat(x, kernel, dy):
+    def loss(x, kernel):
+        return (dy * jax.checkpoint(lambda *a: layers.conv2d(*a, 1, SAME))(x, kernel)).sum()
+
+    return jax.grad(loss, argnums=(0, 1))(x, kernel)
+
+
+def microbatches(x, kernel, dy):
+    def one(total, part):
+        dx, dk = loss_gradients(part[0], kernel, part[1])
+        return total + dk, dx
+
+    parts = jax.tree.map(lambda a: a.reshape(2, -1, *a.shape[1:]), (x, dy))
+    dk, dx = jax.lax.scan(one, jnp.zeros_like(kernel), parts)
+    return dx.reshape(x.shape), dk
+
+
+def seeds(x, kernel, dy):
+    """As seeds are trained together by vmap: each with its kernel; of the first."""
+    pairs = [jnp.stack([a, b]) for a, b in ((x, x + 1), (kernel, 2 * kernel), (dy, dy))]
+    return jax.tree.map(lambda a: a[0], jax.vmap(loss_gradients)(*pairs))
+
+
+def sharded(mode, x, kernel, dy):
+    """On all devices: the batch split, the kernel whole or split, or a program a device."""
+    layout = make_layout("jit" if mode == "pmap" else mode)
+    if mode == "pmap":
+        parts = jax.tree.map(lambda a: a.reshape(layout.num_devices, -1, *a.shape[1:]), (x, dy))
+        dx, dk = jax.pmap(lambda x, dy: loss_gradients(x, kernel, dy))(*parts)
+        return dx.reshape(x.shape), dk.sum(axis=0)
+    shardings = layout.split(0), layout.state(kernel), layout.split(0)
+    return network_jit(loss_gradients, in_shardings=shardings)(x, kernel, dy)
+
+
+FORMS = {
+    "jit": loss_gradients,
+    "remat": remat,
+    "microbatches": microbatches,
+    "seeds": seeds,
+} | {f"{mode} on 4": functools.partial(sharded, mode) for mode in ("jit", "fsdp", "pmap")}
+
+
+@functools.cache
+def example():
+    return made(8, 9, 8, 32), made(3, 3, 32, 64), made(8, 9, 8, 64)
+
+
+@pytest.fixture(scope="module")
+def on_4_devices(tmp_path_factory):
+    """The gradients of each form, from a process with as many devices."""
+    path = tmp_path_factory.mktemp("forms") / "forms.npz"
+    code = f"import test_winograd; test_winograd.save({str(path)!r})"
+    process = start([], 4, code)
+    assert process.wait(120) == 0, process.communicate()[1]
+    return np.load(path)
+
+
+def save(path):
+    """Writes the gradients of each form."""
+    assert jax.device_count() == 4
+    arrays = {}
+    for name, form in FORMS.items():
+        run = form if name.endswith("on 4") else jax.jit(form)
+        arrays[f"{name} dx"], arrays[f"{name} dk"] = run(*map(jnp.asarray, example()))
+    np.savez(path, **arrays)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_transformation_leaves_the_gradients(on_4_devices, form):
+    assert winograd.applies(*map(jnp.asarray, example()[:2]), 1, SAME)
+    for name, want in zip(("dx", "dk"), direct_gradients(*example()), strict=True):
+        got = on_4_devices[f"{form} {name}"]
+        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())

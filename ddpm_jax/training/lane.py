@@ -117,13 +117,16 @@ class Lane:
         return found
 
     def _started(self) -> State | concurrent.futures.Future:
-        """The state before the first step, computed while the step is traced."""
+        """The state before the first step, computed beside what follows, such as the compiling."""
         if jax.process_count() > 1:  # All hosts have to run their programs in one order.
             return self.job.start()
-        future = started(Job.start, self.job, "initial state")
         # No process may end while XLA is at work in one of its threads.
-        self._stack.callback(concurrent.futures.wait, [future])
-        return future
+        self._stack.callback(self._await_start)
+        return started(Job.start, self.job, "initial state")
+
+    def _await_start(self) -> None:
+        if isinstance(self._state, concurrent.futures.Future):
+            concurrent.futures.wait([self._state])
 
     def check(self, source: Source, force: bool) -> None:
         """Refuses what the checkpoint does not fit; before anything is written.

@@ -78,6 +78,7 @@ def train(
         lane.check(source, force)
         directory.save_config(config)
         lane.begin(source, nbytes(source) <= config.data.resident_bytes)
+        attend([lane], watch, clock)
         if lane.step < config.train.steps:
             with clock.phase("compile"):
                 program.prepare((np.int32(0), job.abstract), job.images)
@@ -98,6 +99,12 @@ def watched(
     if of_all := session.current():
         of_all.doing, of_all.waited = clock.describe, lambda: clock.seconds_of("input")
     return clock, watch
+
+
+def attend(lanes: Sequence[Lane], watch: Watch, clock: Clock) -> None:
+    """From now on the clock shows where these lanes are, and a hang is noted in their files."""
+    clock.step = min(lane.step for lane in lanes)
+    watch.farewell = lambda how: [lane.lives.end(how) for lane in lanes]
 
 
 def check_agreement(config: ml_collections.ConfigDict, workdir: str, source: Source) -> None:
@@ -184,14 +191,12 @@ def run_lanes(
     A lane whose loss or evaluation is not finite stays behind with its `error`; the others go on.
 
     Args:
-      lanes: begun, of the same config but for the seed.
+      lanes: begun and attended to, of the same config but for the seed.
       program: the call that trains these lanes together.
     Raises:
       Interrupted: by SIGINT or SIGTERM, after a checkpoint of each.
       CheckpointError, ReadError: see `train`.
     """
-    clock.step = min(lane.step for lane in lanes)
-    watch.farewell = lambda how: [lane.lives.end(how) for lane in lanes]
     # The signal that ended them may have come in between.
     behind = [lane for lane in lanes if lane.step]
     stop = not all(lane.shown(missing=True) and lane.evaluated() for lane in behind)
@@ -250,7 +255,7 @@ def _advance(
             except Interrupted:  # It is not known whether they will ever come.
                 stop = True
                 break
-            # The first call is traced and compiled; the others only start on their way.
+            # The first call may be compiled; the others only start on their way.
             with clock.phase("compile" if lanes[0].step == first else "step"):
                 states, metrics = call([lane.state for lane in lanes], images)
             stop = watch.asked()

@@ -29,6 +29,7 @@ from ddpm_jax.training.job import Job, make_job
 from ddpm_jax.training.lane import Lane
 from ddpm_jax.training.loop import (
     Call,
+    attend,
     check_agreement,
     evaluators_of,
     headline,
@@ -211,6 +212,7 @@ def train_together(
             gather = fits and resident_gather(source, layout.split(1))  # One for all.
             for lane in lanes:
                 lane.begin(source, gather)
+            attend(lanes, watch, clock)
             run_lanes(lanes, program, watch, clock, say)
             for lane in lanes:
                 lane.lives.failure = str(lane.error or "")

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import export
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.runs import image_shape
@@ -71,12 +70,9 @@ def step_cost(job: Job) -> dict[str, float]:
     """
     batch = jax.ShapeDtypeStruct((job.config.train.batch_size, *image_shape(job.config)), np.uint8)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), job.abstract)
-    step = jax.jit(functools.partial(train_step, job.task))
-    anywhere = [export.DisabledSafetyCheck.platform()]
-    program = export.export(step, platforms=["tpu"], disabled_checks=anywhere)(shapes, batch)
     with jax.default_device(jax.devices("cpu")[0]):
-        compiled = jax.jit(program.call).lower(shapes, batch).compile(COMPILER)
-    return compiled.cost_analysis()
+        step = jax.jit(functools.partial(train_step, job.task)).trace(shapes, batch)
+        return step.lower(lowering_platforms=("tpu",)).compile(COMPILER).cost_analysis()
 
 
 def measure(say: Callable[[str], None]) -> dict[str, Any]:

@@ -19,7 +19,8 @@ def untrained(workdir, **overrides):
     directory = runs.RunDirectory.of(workdir)
     directory.save_config(config)
     optimizer, shape = make_optimizer(config.train), runs.image_shape(config)
-    state = init_state(runs.make_model(config), optimizer, shape, config.seed)
+    model = runs.make_model(config)
+    state = jax.jit(lambda seed: init_state(model, optimizer, shape, seed))(config.seed)
     rng = np.random.default_rng(config.seed)
     shaken = jax.tree.map(
         lambda x: x + rng.normal(0, 0.05, x.shape).astype(np.float32), state.params
