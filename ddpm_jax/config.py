@@ -137,6 +137,7 @@ FIELDS: dict[str, Field] = {
     "parallel.mode": Field("jit", "how a step is spread", choices=("jit", "fsdp", "pmap")),
     "parallel.microbatches": Field(1, "parts of a batch, one after another", low=1),
     "parallel.remat": Field(False, "compute each block again going back: less memory, more time"),
+    "parallel.winograd": Field(True, "on CPUs, convolutions faster, with twice the rounding"),
     "parallel.hang_seconds": Field(
         1800.0, "a run that stands still this long ends itself; 0: never", low=0
     ),

@@ -345,6 +345,7 @@ def make_model(config: ml_collections.ConfigDict) -> UNet:
         norm_groups=m.norm_groups,
         dtype=jax.numpy.dtype(m.dtype),
         remat=config.parallel.remat,
+        winograd=config.parallel.winograd,
     )
 
 

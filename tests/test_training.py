@@ -170,7 +170,7 @@ def test_a_hang_while_the_step_is_compiled_is_noted_with_its_step(whole, tmp_pat
     seen = []
 
     def prepare(self, *shapes):
-        watch, clock = attended[0]
+        clock, watch = attended[0]
         watch.farewell("nothing moves")
         life = json.loads((tmp_path / "run/goodput.json").read_text(encoding="utf-8"))["lives"][-1]
         seen.extend([clock.describe(), life["ended"]])

@@ -10,14 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ddpm_jax.models import winograd
+from ddpm_jax.models.winograd import Padding, conv3x3, fits, kernel_gradient
 
 INIT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 # The authors' "zero": the last layer of each branch starts at nearly nothing.
 NEARLY_ZERO = nn.initializers.variance_scaling(1e-10, "fan_avg", "uniform")
 BLOCK = 1024  # Pixels that one product sums.
-
-Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
 def timestep_embedding(position: jax.Array, dim: int) -> jax.Array:
@@ -100,15 +98,21 @@ def _add_backward(_, g):
 add_to_pixels.defvjp(_add_forward, _add_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def conv2d(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def conv2d(
+    x: jax.Array, kernel: jax.Array, stride: int, padding: Padding, winograd: bool = True
+) -> jax.Array:
     """Convolution of x [batch, h, w, in] with kernel [kh, kw, in, out].
 
-    The values and gradients of `lax.conv_general_dilated`. On CPUs by `winograd` where that is
-    faster, and the gradients are stated as ordinary forward convolutions, since XLA runs its own
-    forms of them several times slower within a loop (jax#12868). Reverse mode only: no jvp.
+    The values and gradients of `lax.conv_general_dilated`, to float32's rounding. On CPUs the
+    gradients are stated as ordinary forward convolutions, since XLA runs its own forms of them
+    several times slower within a loop (jax#12868). Reverse mode only: no jvp.
+
+    Args:
+      winograd: whether CPUs may take `models.winograd`, where that is faster; it rounds about
+        twice as coarsely.
     """
-    return _conv_forward(x, kernel, stride, padding)[0]
+    return _conv_forward(x, kernel, stride, padding, winograd)[0]
 
 
 def _conv(x, kernel, stride, padding, x_dilation=1, kernel_dilation=1):
@@ -124,17 +128,17 @@ def _conv(x, kernel, stride, padding, x_dilation=1, kernel_dilation=1):
 
 
 # Under jit equal layers are traced and lowered once: half of the time until the first step.
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _conv_forward(x, kernel, stride, padding):
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _conv_forward(x, kernel, stride, padding, winograd):
     def as_xla(x, kernel):
         return _conv(x, kernel, stride, padding)
 
-    on_cpu = winograd.conv3x3 if winograd.applies(x, kernel, stride, padding) else as_xla
+    on_cpu = conv3x3 if winograd and fits(x, kernel, stride, padding) else as_xla
     return lax.platform_dependent(x, kernel, cpu=on_cpu, default=as_xla), (x, kernel)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _conv_backward(stride, padding, saved, g):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _conv_backward(stride, padding, winograd, saved, g):
     x, kernel = saved
 
     def as_xla(x, kernel, g):
@@ -144,8 +148,8 @@ def _conv_backward(stride, padding, saved, g):
         # Else the transposes below are made on the way forward, and kept.
         x, kernel, g = lax.optimization_barrier((x, kernel, g))
         flipped = kernel[::-1, ::-1].swapaxes(2, 3)
-        if winograd.applies(x, kernel, stride, padding):
-            return winograd.conv3x3(g, flipped), winograd.kernel_gradient(x, g)
+        if winograd and fits(x, kernel, stride, padding):
+            return conv3x3(g, flipped), kernel_gradient(x, g)
         sizes = list(zip(x.shape[1:3], kernel.shape[:2], g.shape[1:3], padding, strict=True))
         # Of x: the flipped kernel, its channels swapped, over g with gaps where strides skipped.
         pads = [(k - 1 - p[0], n - 1 - (m - 1) * stride + p[0]) for n, k, m, p in sizes]
@@ -171,6 +175,7 @@ class Conv(nn.Module):
     stride: int = 1
     init: nn.initializers.Initializer = INIT
     dtype: jnp.dtype = jnp.float32
+    winograd: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -180,7 +185,7 @@ class Conv(nn.Module):
         total = self.size - self.stride
         pads = (total // 2, total - total // 2)
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
-        x = conv2d(x, kernel, self.stride, (pads, pads))
+        x = conv2d(x, kernel, self.stride, (pads, pads), self.winograd)
         return add_to_pixels(x, jnp.broadcast_to(bias, (x.shape[0], self.features)))
 
 

@@ -6,16 +6,20 @@ of a filter g with three taps over six inputs d take six products in place of tw
     y = Aᵀ [(G g) ⊙ (Bᵀ d)].
 
 Here y and d are rows of maps: each of the six products is a convolution along the columns, summed
-over the channels as ever. Tiles of rows alone keep the digits that tiles of both axes would cost.
+over the channels as ever. Relative to the largest of six rows it rounds about twice as coarsely as
+the plain sum does, 8e-7 beside 4e-7 (PyTorch: 6e-7); tiles of both axes would cost more.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+import operator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+Padding = tuple[tuple[int, int], tuple[int, int]]
 
 ROWS = 4  # outputs of a tile
 # With infinity the sixth. The usual 1 and 2, in the place of 3/4 and 3/2, cost twice the error.
@@ -39,10 +43,10 @@ def matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return at, g, bt
 
 
-def applies(x: jax.Array, kernel: jax.Array, stride: int, padding: Sequence) -> bool:
+def fits(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> bool:
     """Whether `conv3x3` is this convolution, and faster: small maps and few channels are not."""
     same = kernel.shape[:2] == (3, 3) and stride == 1 and padding == ((1, 1), (1, 1))
-    large = x.shape[1] >= 8 and min(kernel.shape[2:]) >= 32
+    large = min(x.shape[1:3]) >= 8 and min(kernel.shape[2:]) >= 32
     return same and large and x.dtype == jnp.float32
 
 
@@ -95,5 +99,11 @@ def _output_rows(y):
 
 
 def _combine(matrix, terms):
-    """The rows of matrix · terms; terms with a factor of 0 are left out."""
-    return [sum(float(f) * t for f, t in zip(row, terms, strict=True) if f) for row in matrix]
+    """The rows of matrix · terms, without the products with 0 and 1."""
+    return [
+        functools.reduce(
+            operator.add,
+            [t if f == 1 else float(f) * t for f, t in zip(row, terms, strict=True) if f],
+        )
+        for row in matrix
+    ]
