@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "data"
-# What networks are compiled with on CPUs, by jaxlib 0.10.
+# What networks are compiled with on CPUs, by jaxlib 0.10; pmap's programs cannot be told.
 _ON_CPUS = {
     # By default the library YNN gets convolutions and reductions, too. With matrix products alone
     # narrow networks take two thirds of the time, and wide ones the same.

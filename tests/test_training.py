@@ -117,7 +117,7 @@ def test_an_initial_state_that_cannot_be_had_ends_the_training(tmp_path, monkeyp
     def start(self):
         raise MemoryError("made")
 
-    monkeypatch.setattr(Job, "start", start)
+    monkeypatch.setattr(Job, "prepare_start", start)
     config = resolve(*parse(arguments(tmp_path)))
     with pytest.raises(MemoryError, match="made"):
         loop.train(config, str(tmp_path), print)
@@ -134,7 +134,7 @@ def test_the_initial_state_is_waited_for_whatever_ends_the_training(tmp_path, mo
     def refuse(self, source, force):
         raise RequestError("made")
 
-    monkeypatch.setattr(Job, "start", start)
+    monkeypatch.setattr(Job, "prepare_start", start)
     monkeypatch.setattr(Lane, "check", refuse)
     config = resolve(*parse(arguments(tmp_path)))
     with pytest.raises(RequestError, match="made"):
@@ -145,7 +145,7 @@ def test_the_initial_state_is_waited_for_whatever_ends_the_training(tmp_path, mo
 def test_the_step_is_compiled_while_the_initial_state_is_computed(tmp_path, monkeypatch):
     """Each waits for the other to have begun."""
     begun = [threading.Event(), threading.Event()]
-    start, prepare = Job.start, parallel._Compiled.prepare
+    start, prepare = Job.prepare_start, parallel._Compiled.prepare
 
     def starting(self):
         begun[0].set()
@@ -158,7 +158,7 @@ def test_the_step_is_compiled_while_the_initial_state_is_computed(tmp_path, monk
         prepare(self, *shapes)
         assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(shapes[0][1]))
 
-    monkeypatch.setattr(Job, "start", starting)
+    monkeypatch.setattr(Job, "prepare_start", starting)
     monkeypatch.setattr(parallel._Compiled, "prepare", preparing)
     assert train(tmp_path, train__steps=2, train__checkpoint_every=2) == 0
     assert final_state(tmp_path)[1] == 2

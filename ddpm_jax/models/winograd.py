@@ -46,7 +46,7 @@ def matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def fits(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> bool:
     """Whether `conv3x3` is this convolution, and faster: small maps and few channels are not."""
     same = kernel.shape[:2] == (3, 3) and stride == 1 and padding == ((1, 1), (1, 1))
-    large = min(x.shape[1:3]) >= 8 and min(kernel.shape[2:]) >= 32
+    large = min(x.shape[1:3]) >= 16 and min(kernel.shape[2:]) >= 32
     return same and large and x.dtype == jnp.float32
 
 

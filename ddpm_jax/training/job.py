@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -25,7 +26,7 @@ class Job:
     layout: Layout
     task: Task
     abstract: State  # Shapes, dtypes and shardings of the state.
-    initial: Callable[[jax.Array], State]  # `initial_state`, laid out; compiled when it is called.
+    initial: Callable[[jax.Array], State]  # `initial_state`, traced once for shapes and values.
 
     @property
     def sharding(self) -> State:
@@ -41,7 +42,14 @@ class Job:
 
     def start(self) -> State:
         """The state before the first step, where it lies."""
-        return self.initial(np.int32(self.config.seed))
+        return self.prepare_start()()
+
+    def prepare_start(self) -> Callable[[], State]:
+        """`start`, compiled."""
+        seed = np.int32(self.config.seed)
+        with uncollected():
+            lowered = once_jit(self.initial, out_shardings=self.sharding).lower(seed)
+        return functools.partial(lowered.compile(), seed)
 
 
 def make_job(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> Job:
@@ -79,8 +87,7 @@ def make_job(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | 
         shapes,
         layout.state(shapes),
     )
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    return Job(config, layout, task, abstract, once_jit(initial, out_shardings=shardings))
+    return Job(config, layout, task, abstract, initial)
 
 
 def initial_state(

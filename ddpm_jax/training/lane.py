@@ -38,7 +38,6 @@ class Lane:
     """A run on its way: all of it but the program that makes its steps.
 
     Attributes:
-      state: on the devices.
       step: the updates done; `seen` of them with metrics that were read.
       loss: the mean since the last line, as text.
       error: why it cannot go on.
@@ -105,24 +104,19 @@ class Lane:
 
     @property
     def state(self) -> State:
+        """On the devices. The first one is computed when it is asked for, compiled before that."""
         if isinstance(self._state, concurrent.futures.Future):
-            self._state = self._state.result()
+            self._state = self._state.result()()
         return self._state
 
     def _restored(self) -> tuple[State | concurrent.futures.Future, int, dict[str, Any]]:
         found = self._keeper.restore(self.job.abstract)
         if found is None:
-            return self._started(), 0, {}
+            # No process may end while XLA is at work in one of its threads.
+            self._stack.callback(self._await_start)
+            return started(Job.prepare_start, self.job, "initial state"), 0, {}
         self._say(f"going on from step {found[1]}")
         return found
-
-    def _started(self) -> State | concurrent.futures.Future:
-        """The state before the first step, computed beside what follows, such as the compiling."""
-        if jax.process_count() > 1:  # All hosts have to run their programs in one order.
-            return self.job.start()
-        # No process may end while XLA is at work in one of its threads.
-        self._stack.callback(self._await_start)
-        return started(Job.start, self.job, "initial state")
 
     def _await_start(self) -> None:
         if isinstance(self._state, concurrent.futures.Future):
