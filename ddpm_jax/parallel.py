@@ -210,8 +210,13 @@ def uncollected() -> Iterator[None]:
 
 
 def release_memory() -> None:
-    """Gives back to the system what tracing and compilers no longer need, which glibc keeps."""
+    """Gives back to the system what tracing and compilers no longer need."""
     gc.collect()
+    trim_memory()
+
+
+def trim_memory() -> None:
+    """Gives back to the system what was freed, which glibc keeps."""
     with contextlib.suppress(OSError, AttributeError):  # Other systems' libraries do so themselves.
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -116,7 +116,7 @@ def test_a_network_holds_the_transformed_kernels_of_few_layers():
         program = network_jit(layers_of).lower(x, kernels).compile()
         return program.memory_analysis().temp_size_in_bytes
 
-    assert needs(16) < 1.2 * needs(4)
+    assert needs(8) < 1.2 * needs(2)
 
 
 def test_where_it_does_not_apply():

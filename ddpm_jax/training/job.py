@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.evaluation import names
-from ddpm_jax.parallel import Layout, make_layout, once_jit, uncollected
+from ddpm_jax.parallel import Layout, make_layout, once_jit, trim_memory, uncollected
 from ddpm_jax.runs import Run, image_shape, make_model
 from ddpm_jax.training.state import State, init_state, make_optimizer
 from ddpm_jax.training.step import Task
@@ -49,7 +48,15 @@ class Job:
         seed = np.int32(self.config.seed)
         with uncollected():
             lowered = once_jit(self.initial, out_shardings=self.sharding).lower(seed)
-        return functools.partial(lowered.compile(), seed)
+        compiled = lowered.compile()
+        del lowered
+
+        def start() -> State:
+            state = jax.block_until_ready(compiled(seed))
+            trim_memory()  # The draws' own, which is as much as a step will need.
+            return state
+
+        return start
 
 
 def make_job(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> Job:
