@@ -406,6 +406,7 @@ def test_a_signal_while_images_do_not_come_saves_what_was_trained(tmp_path, monk
     assert final_state(tmp_path)[1] == 5
 
 
+@pytest.mark.long
 def test_another_config_or_other_images_can_be_insisted_on(tmp_path, capsys, monkeypatch):
     assert train(tmp_path, train__steps=10) == 0
     assert train(tmp_path, train__learning_rate=1e-4) == 2
@@ -456,6 +457,7 @@ def test_a_second_training_of_the_same_run_is_refused(tmp_path):
     assert train(tmp_path, train__steps=5, train__checkpoint_every=5) == 0  # At once.
 
 
+@pytest.mark.long
 def test_a_second_start_finds_the_compiled_step(tmp_path):
     """In ~/.cache or wherever: what took more than half a second is not compiled again."""
     assert train(tmp_path, train__steps=5, train__checkpoint_every=5) == 0

@@ -298,6 +298,7 @@ def rewound(finished, parent, seed):
     return workdir
 
 
+@pytest.mark.long
 def test_seeds_that_stand_apart_meet_and_finished_ones_are_left_alone(
     alone, tmp_path, monkeypatch, capsys
 ):

@@ -463,6 +463,7 @@ def test_the_figure_and_its_numbers_by_hand(run, tmp_path, monkeypatch, capsys):
     assert "training" not in printed and printed.count("computed before") == 3
 
 
+@pytest.mark.long
 def test_more_steps_go_on_and_an_interruption_too_to_the_bit(run, tmp_path, monkeypatch):
     for name in ("one", "cut"):
         shutil.copytree(run, tmp_path / name, ignore=shutil.ignore_patterns("autoregressive"))

@@ -272,6 +272,7 @@ def bound_of(parent, name, *flags):
     return content["value"], content["standard_error"]
 
 
+@pytest.mark.long
 def test_another_run_s_learned_variance_stands_beside(parent, monkeypatch, capsys):
     """From the command line: the other run's total is what --mode=evaluate measures of it, and
     what is there is not computed again."""

@@ -269,6 +269,7 @@ def test_an_interrupted_figure_goes_on_to_the_bit(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_devices_draw_what_one_does(made, run_directory, tmp_path):
     """In a process of its own, Figs. 6 to 9; images differ by rounding, by a level at most."""
     code = "import sys; import test_progressive_generation as t; t.figures_6_to_9(*sys.argv[1:])"
