@@ -1,4 +1,4 @@
-"""Threads that may get stuck in a read: nothing waits for them, nor does the end of the process.
+"""Threads that may get stuck in a read: unless asked, nothing waits for them, nor does the exit.
 
 The pools of `concurrent.futures` are joined when the process ends, which a read that never returns
 would then prevent.

@@ -133,8 +133,11 @@ def _conv_forward(x, kernel, stride, padding, winograd):
     def as_xla(x, kernel):
         return _conv(x, kernel, stride, padding)
 
-    on_cpu = conv3x3 if winograd and fits(x, kernel, stride, padding) else as_xla
-    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=as_xla), (x, kernel)
+    if winograd and fits(x, kernel, stride, padding):
+        y = lax.platform_dependent(x, kernel, cpu=conv3x3, default=as_xla)
+    else:
+        y = as_xla(x, kernel)
+    return y, (x, kernel)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

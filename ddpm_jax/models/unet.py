@@ -78,7 +78,7 @@ class UNet(nn.Module):
       remat: keep only the inputs of residual blocks and attention for the way back, and compute
         each of them again there. Parameters, outputs and dropout's masks are the same.
       winograd: on CPUs, 3×3 convolutions in float32 by half of the multiplications, which rounds
-        twice as coarsely as the plain sums, and as PyTorch's; see `models.winograd`.
+        about twice as coarsely as the plain sums; see `models.winograd`.
     """
 
     channels: int = 128
@@ -125,8 +125,10 @@ class UNet(nn.Module):
             keys = dropout_keys
             if keys is not None:
                 keys = jax.vmap(jax.random.fold_in, (0, None))(keys, blocks)
-            wide = {"dropout": self.dropout, "winograd": self.winograd}
-            return residual_block(features, **wide, **common, name=name)(h, temb, keys)
+            made = residual_block(
+                features, self.dropout, winograd=self.winograd, **common, name=name
+            )
+            return made(h, temb, keys)
 
         def block_and_attention(h: jax.Array, level: int, i: int, name: str) -> jax.Array:
             h = block(h, self.channels * self.channel_multipliers[level], f"{name}_block_{i}")

@@ -7,7 +7,7 @@ of a filter g with three taps over six inputs d take six products in place of tw
 
 Here y and d are rows of maps: each of the six products is a convolution along the columns, summed
 over the channels as ever. Relative to the largest of six rows it rounds about twice as coarsely as
-the plain sum does, 8e-7 beside 4e-7 (PyTorch: 6e-7); tiles of both axes would cost more.
+the plain sum does, 8e-7 beside 4e-7; tiles of both axes would cost more.
 """
 
 import functools

@@ -53,17 +53,22 @@ def _schedule_lines(schedule: Schedule) -> list[str]:
     return [line]
 
 
-def step_flops(job: Job) -> float:
-    """The floating-point operations of an optimizer step, on all devices together.
+def lowered_step(job: Job) -> jax.stages.Lowered:
+    """An optimizer step on all devices together, as it is written: the program that TPUs get.
 
-    Of the program as it is written, which TPUs get: CPUs run convolutions with fewer.
+    CPUs run convolutions with fewer multiplications, and sums as products.
     """
     # One step without loops, of which XLA would count a single round.
     whole = dataclasses.replace(job.task, microbatches=1)
     batch = jax.ShapeDtypeStruct((job.config.train.batch_size, *image_shape(job.config)), jnp.uint8)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), job.abstract)
     step = jax.jit(functools.partial(train_step, whole)).trace(shapes, batch)
-    return step.lower(lowering_platforms=("tpu",)).cost_analysis()["flops"]
+    return step.lower(lowering_platforms=("tpu",))
+
+
+def step_flops(job: Job) -> float:
+    """The floating-point operations of `lowered_step`, before the compiler's optimisations."""
+    return lowered_step(job).cost_analysis()["flops"]
 
 
 @dataclasses.dataclass(frozen=True)

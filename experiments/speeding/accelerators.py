@@ -9,17 +9,14 @@ takes half of the space, and compilers for accelerators fuse more.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 from ddpm_jax import config as config_lib
-from ddpm_jax.runs import image_shape
+from ddpm_jax.training.check import lowered_step
 from ddpm_jax.training.job import Job, make_job
-from ddpm_jax.training.step import train_step
 from experiments.memory import COMPILER
 from experiments.speeding.workloads import network_flops
 
@@ -64,15 +61,9 @@ def step_seconds(flops: float, nbytes: float, parameters: float, on: Slice, shar
 
 
 def step_cost(job: Job) -> dict[str, float]:
-    """FLOPs and bytes of a training step in float32, by the names of the compiler, that for CPUs.
-
-    The program is the one for TPUs: CPUs' own convolutions and sums would be counted else.
-    """
-    batch = jax.ShapeDtypeStruct((job.config.train.batch_size, *image_shape(job.config)), np.uint8)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), job.abstract)
+    """FLOPs and bytes of a step in float32, by the names of the compiler, that for CPUs."""
     with jax.default_device(jax.devices("cpu")[0]):
-        step = jax.jit(functools.partial(train_step, job.task)).trace(shapes, batch)
-        return step.lower(lowering_platforms=("tpu",)).compile(COMPILER).cost_analysis()
+        return lowered_step(job).compile(COMPILER).cost_analysis()
 
 
 def measure(say: Callable[[str], None]) -> dict[str, Any]:

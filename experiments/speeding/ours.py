@@ -35,9 +35,9 @@ class Ours:
         use_compilation_cache()
         self.config = workload.config
         self.job = make_job(self.config)
-        shape = (self.config.train.steps_per_call, workload.batch, *image_shape(self.config))
-        images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-        self._images = jax.device_put(images, self.job.layout.split(1))
+        shape = self.job.images
+        images = np.random.default_rng(0).integers(0, 256, shape.shape, np.uint8)
+        self._images = jax.device_put(images, shape.sharding)
         self._state = None
         self._samplers: dict[int, Any] = {}
 

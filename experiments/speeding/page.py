@@ -111,7 +111,7 @@ def _contest(network: str, results: Mapping[str, Any]) -> list[str]:
     ]
     lines += [f"{'; '.join(about)}.", ""]
     if "train" in jobs:
-        lines += ["GFLOP/s count convolutions as they are written; ours run fewer on CPUs.", ""]
+        lines += ["GFLOP/s count convolutions as they are written; ours may run fewer on CPUs.", ""]
     if ours["evaluate"]:
         over, low, high = ratio(ours["sample"], ours["evaluate"])
         lines += [f"Sampling over the network alone: {over:.3f} × ({low:.3f}–{high:.3f}).", ""]
