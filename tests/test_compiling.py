@@ -7,6 +7,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from runs_for_tests import ROOT
 
@@ -30,6 +31,29 @@ def test_the_compiler_s_options_are_those_of_its_version_and_the_user_s_go_first
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setattr(parallel.jaxlib.version, "__version__", "0.11.0")
     assert parallel.network_jit(len) == {"compiler_options": {}}
+
+
+def test_parts_are_apart_on_cpus_with_a_known_compiler_and_nowhere_else(monkeypatch):
+    """Their values and gradients are what they are without."""
+    x = jnp.linspace(0.0, 1.0, 5)
+
+    def program():
+        part = parallel.apart(lambda x, power: {"y": jnp.sin(x) ** power}, static_argnums=1)
+        return jax.jit(jax.value_and_grad(lambda x: (2 * part(x, 3)["y"]).sum()))
+
+    def calls():
+        return program().lower(x).compile().as_text().count(" call(")
+
+    value, gradient = program()(x)
+    np.testing.assert_allclose(value, 2 * (np.sin(x) ** 3).sum(), rtol=1e-6)
+    np.testing.assert_allclose(gradient, 6 * np.sin(x) ** 2 * np.cos(x), rtol=1e-6)
+    monkeypatch.setattr(parallel.jaxlib.version, "__version__", "0.10.2")
+    assert calls() == 1
+    monkeypatch.setattr(parallel.jaxlib.version, "__version__", "0.11.0")
+    assert calls() == 0
+    monkeypatch.setattr(parallel.jaxlib.version, "__version__", "0.10.2")
+    monkeypatch.setattr(parallel.jax, "default_backend", lambda: "tpu")
+    assert calls() == 0
 
 
 @pytest.mark.parametrize("ahead", [False, True])

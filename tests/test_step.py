@@ -13,8 +13,8 @@ import pytest
 from ddpm_jax import keys, schedules
 from ddpm_jax.diffusion import Process
 from ddpm_jax.models import UNet
-from ddpm_jax.training.state import ema_decay, init_state, learning_rate, make_optimizer
-from ddpm_jax.training.step import Task, train_call, train_step
+from ddpm_jax.training.state import State, ema_decay, init_state, learning_rate, make_optimizer
+from ddpm_jax.training.step import Task, train_call, train_step, updated
 
 BATCH, SIZE, STEPS_T = 8, 8, 20
 
@@ -121,6 +121,50 @@ def test_first_update_is_algorithm_1_then_clip_then_adam_by_hand(state, images, 
         np.testing.assert_allclose(np.asarray(got)[sure], want[sure], atol=2e-5)
     assert new.step == 1
     close(new.ema_params, new.params, rtol=0, atol=0)  # A copy at step 0.
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        optax.adam(optax.linear_schedule(0.0, 0.1, 3)),
+        optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1, momentum=0.9)),
+        optax.sgd(0.1),
+    ],
+    ids=["adam", "momentum and decay", "descent"],
+)
+@pytest.mark.parametrize("shapes", [[(3, 4), (5,), (), (3, 4)], [(3,)], [()]])
+def test_updates_leaf_by_leaf_are_those_of_optax_after_its_clip(inner, shapes):
+    """The gradients' norm is above the clip at first, and then below."""
+    rng = np.random.default_rng(0)
+    tree = {str(i): jnp.asarray(rng.normal(size=s), jnp.float32) for i, s in enumerate(shapes)}
+    whole = optax.chain(optax.clip_by_global_norm(1.0), inner)
+    task = dataclasses.replace(make_task(), optimizer=optax.chain(optax.identity(), inner))
+    zero = jnp.zeros((), jnp.int32)
+    state = State(zero, tree, tree, task.optimizer.init(tree))
+    params, want = tree, whole.init(tree)
+    assert jax.tree.structure(state.opt_state) == jax.tree.structure(want)
+    update = jax.jit(functools.partial(updated, task))
+    for scale in (10.0, 1.0, 0.01, 0.0):
+        grads = jax.tree.map(lambda x, s=scale: s * jnp.cos(x), params)
+        norm = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in grads.values()))
+        average = state.ema_params
+        state, got = update(state, grads)
+        np.testing.assert_allclose(got, norm, rtol=1e-6)
+        updates, want = whole.update(grads, want, params)
+        params = optax.apply_updates(params, updates)
+        close((state.params, state.opt_state), (params, want), rtol=2e-6, atol=1e-7)
+        decay = 0.9 if state.step > 1 else 0.0
+        wanted = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * p, average, params)
+        close(state.ema_params, wanted, rtol=2e-6, atol=1e-7)
+    assert state.step == 4
+
+
+def test_no_clip_where_there_is_none(state):
+    task = dataclasses.replace(make_task(clip_norm=0.0), optimizer=optax.sgd(1.0))
+    state = dataclasses.replace(state, opt_state=task.optimizer.init(state.params))
+    new, norm = updated(task, state, jax.tree.map(jnp.negative, state.params))
+    assert norm > 1
+    close(new.params, jax.tree.map(lambda x: 2 * x, state.params), rtol=1e-6)
 
 
 def test_average_follows_with_its_decay_after_the_copy(state, images):

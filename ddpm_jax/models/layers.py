@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ddpm_jax.models.winograd import Padding, conv3x3, fits, kernel_gradient
+from ddpm_jax.parallel import apart
 
 INIT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 # The authors' "zero": the last layer of each branch starts at nearly nothing.
@@ -57,6 +58,7 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array) -> jax.Array:
     return jnp.where(jax.vmap(mask)(keys), x / (1 - rate), 0)
 
 
+@jax.jit
 def pixel_sums(x: jax.Array) -> jax.Array:
     """The sums over all pixels: float32 [batch, channels] of x [batch, h, w, channels].
 
@@ -140,7 +142,7 @@ def _conv_forward(x, kernel, stride, padding, winograd):
     return y, (x, kernel)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(apart, static_argnums=(0, 1, 2))
 def _conv_backward(stride, padding, winograd, saved, g):
     x, kernel = saved
 
@@ -236,7 +238,7 @@ def _group_norm_forward(x, scale, bias, groups, silu):
     return out.astype(x.dtype), (x, mean, inverse, scale, bias)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(apart, static_argnums=(0, 1))
 def _group_norm_backward(groups, silu, saved, g):
     (x, mean, inverse, scale, bias), g = lax.optimization_barrier((saved, g))
     normal = _at_pixels(x, mean, inverse)

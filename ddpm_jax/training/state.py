@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,9 +30,20 @@ class State:
 
 
 def make_optimizer(train: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """Adam, after a clip of the gradient's global norm."""
-    clip = optax.clip_by_global_norm(train.clip_norm) if train.clip_norm else optax.identity()
-    return optax.chain(clip, optax.adam(learning_rate(train)))
+    """Adam, for gradients that are clipped already."""
+    # A chain is what checkpoints have.
+    return optax.chain(optax.identity(), optax.adam(learning_rate(train)))
+
+
+def clip_factor(train: ml_collections.ConfigDict, norm: jax.Array) -> jax.Array:
+    """What gradients of this global norm are multiplied by, to have `train.clip_norm` at most."""
+    return jnp.minimum(1.0, train.clip_norm / norm) if train.clip_norm else jnp.ones(())
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """The root of the sum of all squares, float32."""
+    squares = jax.jit(lambda x: jnp.sum(jnp.square(x)))  # Equal leaves are traced once.
+    return jnp.sqrt(sum(squares(x) for x in jax.tree.leaves(tree)))
 
 
 def learning_rate(train: ml_collections.ConfigDict) -> optax.Schedule:
@@ -48,6 +60,40 @@ def ema_decay(train: ml_collections.ConfigDict, step: jax.Array) -> jax.Array:
     """
     decay = jnp.where(step == 0, 0.0, train.ema_decay)
     return jnp.minimum(decay, step / (step + 10)) if train.ema_ramp else decay
+
+
+def map_leaves(
+    update: Callable[..., tuple[jax.Array, jax.Array, optax.OptState]],
+    grads: Any,
+    state: State,
+    *scalars: jax.Array,
+) -> tuple[Any, Any, optax.OptState]:
+    """New parameters, average and optimizer state by an `update` of one leaf.
+
+    Equal leaves are traced and lowered once.
+
+    Args:
+      update: (gradient, parameter, average, optimizer state, *scalars) of a leaf, to the last three
+        of these, where the optimizer treats each leaf by itself.
+    """
+    tree = jax.tree.structure(grads)
+
+    def like_params(x: Any) -> bool:
+        return jax.tree.structure(x) == tree
+
+    # Of the optimizer's state some parts are like the parameters; others are shared by all leaves.
+    parts, outer = jax.tree.flatten(state.opt_state, is_leaf=like_params)
+    own = [jax.tree.leaves(x) if like_params(x) else [x] * tree.num_leaves for x in parts]
+    rows = zip(*map(jax.tree.leaves, (grads, state.params, state.ema_params)), *own, strict=True)
+    once = jax.jit(update)
+    new = [once(g, p, e, outer.unflatten(s), *scalars) for g, p, e, *s in rows]
+    params, ema_params, opt_states = zip(*new, strict=True)
+    columns = zip(*map(outer.flatten_up_to, opt_states), strict=True)
+    parts = [
+        tree.unflatten(column) if like_params(x) else column[0]
+        for x, column in zip(parts, columns, strict=True)
+    ]
+    return tree.unflatten(params), tree.unflatten(ema_params), outer.unflatten(parts)
 
 
 def init_state(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,15 @@ from ddpm_jax import keys, losses
 from ddpm_jax.data import random_flip, to_float
 from ddpm_jax.diffusion import Process
 from ddpm_jax.models import UNet
-from ddpm_jax.training.state import State, ema_decay, learning_rate
+from ddpm_jax.parallel import apart
+from ddpm_jax.training.state import (
+    State,
+    clip_factor,
+    ema_decay,
+    global_norm,
+    learning_rate,
+    map_leaves,
+)
 
 QUARTERS = 4  # Parts of 1..T whose losses are shown apart.
 
@@ -25,6 +34,7 @@ class Task:
     """All that a step needs beside the state and the batch; fixed when it is compiled.
 
     Attributes:
+      optimizer: one that treats each leaf by itself; its gradients are clipped before.
       skip_nonfinite: whether an update whose loss or gradient is not finite is left out, as if the
         run had gone back and done without that batch.
       loss: in place of `example_losses`, with its arguments, where it is another forward process
@@ -138,6 +148,21 @@ def gradient(
     return jax.tree.map(lambda x: x / parts, total)
 
 
+def updated(task: Task, state: State, grads: Any) -> tuple[State, jax.Array]:
+    """The state after an update by these gradients, and their norm before the clip."""
+    norm = global_norm(grads)
+
+    def of_leaf(g, param, average, opt_state, factor, decay):
+        update, opt_state = task.optimizer.update(g * factor, opt_state, param)
+        param = optax.apply_updates(param, update)
+        return param, decay * average + (1 - decay) * param, opt_state
+
+    # Behind a barrier, lest each leaf computes them again.
+    scalars = clip_factor(task.train, norm), ema_decay(task.train, state.step)
+    scalars = jax.lax.optimization_barrier(scalars)
+    return State(state.step + 1, *map_leaves(of_leaf, grads, state, *scalars)), norm
+
+
 def train_step(
     task: Task, state: State, images: jax.Array, axis_name: str | None = None
 ) -> tuple[State, dict[str, jax.Array]]:
@@ -158,15 +183,8 @@ def train_step(
     grads, metrics = gradient(task, state.params, images, index, state.step)
     if axis_name:
         grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
-    updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    decay = ema_decay(task.train, state.step)
-    ema_params = jax.tree.map(
-        lambda average, new: decay * average + (1 - decay) * new, state.ema_params, params
-    )
-    metrics["grad_norm"] = optax.tree.norm(grads)
+    new, metrics["grad_norm"] = apart(functools.partial(updated, task))(state, grads)
     metrics["learning_rate"] = jnp.asarray(learning_rate(task.train)(state.step), jnp.float32)
-    new = State(state.step + 1, params, ema_params, opt_state)
     if task.skip_nonfinite:
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         metrics["skipped"] = ~finite
