@@ -282,9 +282,19 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_refused(tmp_path):
     assert not (tmp_path / "config.json").exists()
 
 
-def test_pytorch_is_not_imported(tmp_path):
-    """TensorBoard's writer would, which takes longer than all other imports together."""
-    (tmp_path / "torch.py").write_text("raise SystemExit('imported')")
-    code = "import ddpm_jax.main, sys; assert 'torch' not in sys.modules"
+def test_what_is_not_needed_is_not_imported(tmp_path):
+    """TensorBoard's writer would import PyTorch, longer than all other imports together, and more.
+
+    What was imported before stays.
+    """
+    for name in ("torch", "boto3", "google/cloud/storage"):
+        file = tmp_path / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("raise SystemExit('imported')")
+    absent = "'torch', 'google.cloud.storage', 'scipy.special'"
+    code = (
+        "import sys; boto3 = sys.modules['boto3'] = object(); import ddpm_jax.main\n"
+        f"assert not {{{absent}}} & set(sys.modules) and sys.modules['boto3'] is boto3"
+    )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)

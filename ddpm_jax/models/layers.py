@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -172,6 +173,19 @@ def _conv_backward(stride, padding, winograd, saved, g):
 conv2d.defvjp(_conv_forward, _conv_backward)
 
 
+def _parameter(
+    module: nn.Module, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]
+) -> jax.Array:
+    """`module.param`, which would trace `init` again to check the shape of each that is there."""
+    if not module.has_variable("params", name):
+        return module.param(name, init, shape)
+    value = module.get_variable("params", name)
+    if value.shape != shape:
+        path = module.scope.path_text
+        raise flax.errors.ScopeParamShapeError(name, path, value.shape, shape)
+    return value
+
+
 class Conv(nn.Module):
     """A square convolution with bias; stride 2 is padded at the bottom and right (TF's SAME)."""
 
@@ -185,8 +199,8 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", self.init, shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = _parameter(self, "kernel", self.init, shape)
+        bias = _parameter(self, "bias", nn.initializers.zeros, (self.features,))
         total = self.size - self.stride
         pads = (total // 2, total - total // 2)
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
@@ -203,8 +217,8 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", self.init, (x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = _parameter(self, "kernel", self.init, (x.shape[-1], self.features))
+        bias = _parameter(self, "bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
         x @= kernel
         if x.ndim != 4:
@@ -294,8 +308,8 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        scale = _parameter(self, "scale", nn.initializers.ones, (channels,))
+        bias = _parameter(self, "bias", nn.initializers.zeros, (channels,))
         groups = math.gcd(self.groups, channels)
         return group_norm(x.astype(self.dtype), scale, bias, groups, self.silu)
 

@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.special import log_ndtr, ndtr
+import scipy  # Its `special` is loaded when it is used.
 
 from ddpm_jax import keys as keys_lib
 from ddpm_jax.diffusion import Denoiser, Process, p_distribution, q_posterior, q_sample
@@ -168,7 +168,7 @@ def _clipped_square(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
     for beyond in (mean - 1, -1 - mean):  # What is cut off above 1, and mirrored below −1.
         z = beyond / np.maximum(scale, 1e-300)
         density = np.exp(-0.5 * np.minimum(z**2, 1400)) / math.sqrt(2 * math.pi)
-        total = total + (variance + beyond**2) * ndtr(z) + scale * beyond * density
+        total = total + (variance + beyond**2) * scipy.special.ndtr(z) + scale * beyond * density
     return total
 
 
@@ -177,11 +177,13 @@ def _decoder(x0: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
     centre, half = (x0 - mean) / scale, HALF_BIN / scale
     # Mirrored to the left of the mean, where log Φ keeps its digits.
     left = -np.abs(centre)
-    log_high, log_low = log_ndtr(left + half), log_ndtr(left - half)
+    log_high, log_low = scipy.special.log_ndtr(left + half), scipy.special.log_ndtr(left - half)
     inner = log_high + np.log1p(-np.exp(log_low - log_high))
     at_low, at_high = x0 < -1 + HALF_BIN, x0 > 1 - HALF_BIN
     return -np.where(
-        at_low, log_ndtr(centre + half), np.where(at_high, log_ndtr(half - centre), inner)
+        at_low,
+        scipy.special.log_ndtr(centre + half),
+        np.where(at_high, scipy.special.log_ndtr(half - centre), inner),
     )
 
 
