@@ -8,6 +8,7 @@ same to rounding.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import ctypes
 import dataclasses
 import functools
@@ -31,6 +32,7 @@ _ON_CPUS = {
     # By default barriers are dropped, and what the way back computes again is kept instead.
     "xla_disable_hlo_passes": "cse_barrier_expander",
 }
+_one_piece = contextvars.ContextVar("one piece", default=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +78,8 @@ def make_layout(mode: str, devices: Sequence[jax.Device] | None = None) -> Layou
     return Layout(mode, Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,)))
 
 
-def _known_compiler() -> bool:
+def _cpu_compiler_is_known() -> bool:
+    """Whether programs are for CPUs, by the compiler whose settings are known here."""
     return jax.default_backend() == "cpu" and jaxlib.version.__version__.startswith("0.10.")
 
 
@@ -89,19 +92,30 @@ def network_jit(function: Callable[..., Any], **how: Any) -> jax.stages.Wrapped:
       how: of `jax.jit`.
     """
     options = {}
-    if _known_compiler():
+    if _cpu_compiler_is_known():
         flags = os.environ.get("XLA_FLAGS", "")
         options = {name: value for name, value in _ON_CPUS.items() if name not in flags}
     return jax.jit(function, compiler_options=options, **how)
+
+
+@contextlib.contextmanager
+def in_one_piece() -> Iterator[None]:
+    """Nothing of programs that are traced meanwhile is kept apart: they are for other platforms."""
+    token = _one_piece.set(True)
+    try:
+        yield
+    finally:
+        _one_piece.reset(token)
 
 
 def apart(function: Callable[..., Any], **how: Any) -> Callable[..., Any]:
     """`jax.jit` of a part of a program, which CPUs keep apart from the rest of it.
 
     The time in which they load a program from the cache grows with the square of its length. What
-    is on both sides of the border is not fused.
+    is on both sides of the border is not fused, nor is memory that was donated used across it.
 
     Args:
+      function: of positional arguments; returns arrays, of which the first is used.
       how: of `jax.jit`.
     """
     jitted = jax.jit(function, **how)
@@ -109,7 +123,7 @@ def apart(function: Callable[..., Any], **how: Any) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
         out = jitted(*arguments)
-        if not _known_compiler():
+        if _one_piece.get() or not _cpu_compiler_is_known():
             return out
         (first, *others), tree = jax.tree.flatten(out)
         # What marks a value marks the call that it comes from.

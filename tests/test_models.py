@@ -2,6 +2,7 @@
 
 import re
 
+import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -299,6 +300,20 @@ def test_bfloat16_computes_coarsely_but_returns_float32():
     assert 1e-5 < difference < 0.05
     parameters = shapes(UNet(**TINY, dtype=jnp.bfloat16), 8)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(parameters))
+
+
+def test_given_parameters_are_of_the_layer_s_shape_and_their_initialisers_rest():
+    def fails(*_):
+        raise AssertionError("traced")
+
+    x = jnp.ones((1, 4, 4, 2))
+    given = {"kernel": jnp.ones((3, 3, 2, 5)), "bias": jnp.zeros(5)}
+    y = layers.Conv(5, init=fails).apply({"params": given}, x)
+    np.testing.assert_allclose(y[0, 1, 1], 18)
+    with pytest.raises(flax.errors.ScopeParamShapeError, match=r'"bias".*\(5,\).*\(4,\)'):
+        layers.Conv(5).apply({"params": given | {"bias": jnp.zeros(4)}}, x)
+    with pytest.raises(flax.errors.ScopeParamNotFoundError, match="bias"):
+        layers.Conv(5).apply({"params": {"kernel": given["kernel"]}}, x)
 
 
 def test_images_that_do_not_divide_are_refused():

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from ddpm_jax import keys, schedules
+from ddpm_jax import keys, parallel, schedules
 from ddpm_jax.diffusion import Process
 from ddpm_jax.models import UNet
 from ddpm_jax.training.state import State, ema_decay, init_state, learning_rate, make_optimizer
@@ -138,17 +138,26 @@ def test_updates_leaf_by_leaf_are_those_of_optax_after_its_clip(inner, shapes):
     rng = np.random.default_rng(0)
     tree = {str(i): jnp.asarray(rng.normal(size=s), jnp.float32) for i, s in enumerate(shapes)}
     whole = optax.chain(optax.clip_by_global_norm(1.0), inner)
-    task = dataclasses.replace(make_task(), optimizer=optax.chain(optax.identity(), inner))
+    traced = []
+
+    def counted(*arguments):
+        traced.append(arguments)
+        return inner.update(*arguments)
+
+    once = optax.GradientTransformation(inner.init, counted)
+    task = dataclasses.replace(make_task(), optimizer=optax.chain(optax.identity(), once))
     zero = jnp.zeros((), jnp.int32)
     state = State(zero, tree, tree, task.optimizer.init(tree))
     params, want = tree, whole.init(tree)
     assert jax.tree.structure(state.opt_state) == jax.tree.structure(want)
     update = jax.jit(functools.partial(updated, task))
+    loss = jnp.zeros(())
     for scale in (10.0, 1.0, 0.01, 0.0):
         grads = jax.tree.map(lambda x, s=scale: s * jnp.cos(x), params)
         norm = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in grads.values()))
         average = state.ema_params
-        state, got = update(state, grads)
+        state, got, finite = update(state, grads, loss)
+        assert finite
         np.testing.assert_allclose(got, norm, rtol=1e-6)
         updates, want = whole.update(grads, want, params)
         params = optax.apply_updates(params, updates)
@@ -157,12 +166,43 @@ def test_updates_leaf_by_leaf_are_those_of_optax_after_its_clip(inner, shapes):
         wanted = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * p, average, params)
         close(state.ema_params, wanted, rtol=2e-6, atol=1e-7)
     assert state.step == 4
+    assert len(traced) == len(set(shapes))  # Equal leaves together.
+
+
+def test_an_optimizer_that_masks_leaves_is_refused(state):
+    mask = jax.tree.map(lambda x: x.ndim > 1, state.params)
+    task = dataclasses.replace(make_task(), optimizer=optax.masked(optax.adam(0.1), mask))
+    state = dataclasses.replace(state, opt_state=task.optimizer.init(state.params))
+    with pytest.raises(ValueError, match="each leaf by itself"):
+        updated(task, state, state.params, jnp.zeros(()))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_the_update_and_the_ways_back_are_apart_on_cpus_alone(monkeypatch, state, images, remat):
+    """A program of one piece is for other platforms."""
+    monkeypatch.setattr(parallel.jaxlib.version, "__version__", "0.10.2")
+    task = make_task()
+    task = dataclasses.replace(task, model=task.model.clone(remat=remat))
+    state = dataclasses.replace(state, opt_state=task.optimizer.init(state.params))
+
+    def marks():
+        step = jax.jit(functools.partial(train_step, task)).lower(state, images[0])
+        return step.as_text().count('inlineable = "false"')
+
+    leaves = jax.tree_util.tree_leaves_with_path(state.params)
+    convolutions = sum(leaf.ndim == 4 for _, leaf in leaves)
+    norms = sum(path[-1].key == "scale" for path, _ in leaves)
+    # Of the first convolution only the kernel's gradient is used, and its mark with it.
+    assert marks() == 1 + convolutions - 1 + norms
+    with parallel.in_one_piece():
+        assert marks() == 0
 
 
 def test_no_clip_where_there_is_none(state):
     task = dataclasses.replace(make_task(clip_norm=0.0), optimizer=optax.sgd(1.0))
     state = dataclasses.replace(state, opt_state=task.optimizer.init(state.params))
-    new, norm = updated(task, state, jax.tree.map(jnp.negative, state.params))
+    grads = jax.tree.map(jnp.negative, state.params)
+    new, norm, _ = updated(task, state, grads, jnp.zeros(()))
     assert norm > 1
     close(new.params, jax.tree.map(lambda x: 2 * x, state.params), rtol=1e-6)
 

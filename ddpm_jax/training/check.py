@@ -15,7 +15,7 @@ import ml_collections
 from ddpm_jax import config as config_lib
 from ddpm_jax import likelihood
 from ddpm_jax.data import open_source
-from ddpm_jax.parallel import compile_call
+from ddpm_jax.parallel import compile_call, in_one_piece
 from ddpm_jax.runs import image_shape
 from ddpm_jax.schedules import Schedule
 from ddpm_jax.training.job import Job, make_job
@@ -62,7 +62,8 @@ def lowered_step(job: Job) -> jax.stages.Lowered:
     whole = dataclasses.replace(job.task, microbatches=1)
     batch = jax.ShapeDtypeStruct((job.config.train.batch_size, *image_shape(job.config)), jnp.uint8)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), job.abstract)
-    step = jax.jit(functools.partial(train_step, whole)).trace(shapes, batch)
+    with in_one_piece():
+        step = jax.jit(functools.partial(train_step, whole)).trace(shapes, batch)
     return step.lower(lowering_platforms=("tpu",))
 
 

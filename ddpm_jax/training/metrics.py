@@ -18,7 +18,8 @@ from etils import epath
 from ddpm_jax import files
 from ddpm_jax.training.step import QUARTERS
 
-# tensorboardX would import these where they are: 1.7 s, 150 MB.
+# tensorboardX would import these where they are, for 1.7 s and 150 MB; writers of its own can then
+# not reach S3 or GCS, unless it was imported before.
 _unneeded = {"torch", "boto3", "google.cloud.storage"} - set(sys.modules)
 sys.modules.update(dict.fromkeys(_unneeded))
 try:

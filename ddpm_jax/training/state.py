@@ -31,18 +31,19 @@ class State:
 
 def make_optimizer(train: ml_collections.ConfigDict) -> optax.GradientTransformation:
     """Adam, for gradients that are clipped already."""
-    # A chain is what checkpoints have.
+    # The identity stands where checkpoints have the empty state of a clip.
     return optax.chain(optax.identity(), optax.adam(learning_rate(train)))
 
 
 def clip_factor(train: ml_collections.ConfigDict, norm: jax.Array) -> jax.Array:
     """What gradients of this global norm are multiplied by, to have `train.clip_norm` at most."""
-    return jnp.minimum(1.0, train.clip_norm / norm) if train.clip_norm else jnp.ones(())
+    return jnp.minimum(1.0, train.clip_norm / norm) if train.clip_norm else jnp.ones_like(norm)
 
 
 def global_norm(tree: Any) -> jax.Array:
     """The root of the sum of all squares, float32."""
-    squares = jax.jit(lambda x: jnp.sum(jnp.square(x)))  # Equal leaves are traced once.
+    # Under jit equal leaves are traced once.
+    squares = jax.jit(lambda x: jnp.sum(jnp.square(x.astype(jnp.float32))))
     return jnp.sqrt(sum(squares(x) for x in jax.tree.leaves(tree)))
 
 
@@ -73,8 +74,10 @@ def map_leaves(
     Equal leaves are traced and lowered once.
 
     Args:
-      update: (gradient, parameter, average, optimizer state, *scalars) of a leaf, to the last three
-        of these, where the optimizer treats each leaf by itself.
+      update: (gradient, parameter, average, optimizer state, *scalars) of a leaf, to its new
+        parameter, average and optimizer state.
+    Raises:
+      ValueError: the optimizer's state has arrays that belong to no leaf.
     """
     tree = jax.tree.structure(grads)
 
@@ -83,6 +86,10 @@ def map_leaves(
 
     # Of the optimizer's state some parts are like the parameters; others are shared by all leaves.
     parts, outer = jax.tree.flatten(state.opt_state, is_leaf=like_params)
+    if any(jnp.ndim(x) for x in parts if not like_params(x)):
+        raise ValueError(
+            "the optimizer does not treat each leaf by itself, alike: see Task.optimizer"
+        )
     own = [jax.tree.leaves(x) if like_params(x) else [x] * tree.num_leaves for x in parts]
     rows = zip(*map(jax.tree.leaves, (grads, state.params, state.ema_params)), *own, strict=True)
     once = jax.jit(update)

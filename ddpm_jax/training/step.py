@@ -34,7 +34,8 @@ class Task:
     """All that a step needs beside the state and the batch; fixed when it is compiled.
 
     Attributes:
-      optimizer: one that treats each leaf by itself; its gradients are clipped before.
+      optimizer: it is called with one leaf at a time, and gets gradients that are clipped by
+        train.clip_norm: no norm, mask or noise of its own over several leaves.
       skip_nonfinite: whether an update whose loss or gradient is not finite is left out, as if the
         run had gone back and done without that batch.
       loss: in place of `example_losses`, with its arguments, where it is another forward process
@@ -148,19 +149,30 @@ def gradient(
     return jax.tree.map(lambda x: x / parts, total)
 
 
-def updated(task: Task, state: State, grads: Any) -> tuple[State, jax.Array]:
-    """The state after an update by these gradients, and their norm before the clip."""
-    norm = global_norm(grads)
+def updated(
+    task: Task, state: State, grads: Any, loss: jax.Array
+) -> tuple[State, jax.Array, jax.Array]:
+    """The state after an update by these gradients, their norm, and whether all was finite.
 
-    def of_leaf(g, param, average, opt_state, factor, decay):
-        update, opt_state = task.optimizer.update(g * factor, opt_state, param)
-        param = optax.apply_updates(param, update)
-        return param, decay * average + (1 - decay) * param, opt_state
+    With task.skip_nonfinite only the step goes on where it was not.
+    """
+    norm = global_norm(grads)  # Before the clip.
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+    def of_leaf(g, param, average, opt_state, factor, decay, finite):
+        update, new_opt_state = task.optimizer.update(g * factor, opt_state, param)
+        new_param = optax.apply_updates(param, update)
+        new = new_param, decay * average + (1 - decay) * new_param, new_opt_state
+        if not task.skip_nonfinite:
+            return new
+        return jax.tree.map(
+            lambda there, before: jnp.where(finite, there, before), new, (param, average, opt_state)
+        )
 
     # Behind a barrier, lest each leaf computes them again.
-    scalars = clip_factor(task.train, norm), ema_decay(task.train, state.step)
+    scalars = clip_factor(task.train, norm), ema_decay(task.train, state.step), finite
     scalars = jax.lax.optimization_barrier(scalars)
-    return State(state.step + 1, *map_leaves(of_leaf, grads, state, *scalars)), norm
+    return State(state.step + 1, *map_leaves(of_leaf, grads, state, *scalars)), norm, finite
 
 
 def train_step(
@@ -183,13 +195,11 @@ def train_step(
     grads, metrics = gradient(task, state.params, images, index, state.step)
     if axis_name:
         grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
-    new, metrics["grad_norm"] = apart(functools.partial(updated, task))(state, grads)
+    update = apart(functools.partial(updated, task))
+    new, metrics["grad_norm"], finite = update(state, grads, metrics["loss"])
     metrics["learning_rate"] = jnp.asarray(learning_rate(task.train)(state.step), jnp.float32)
     if task.skip_nonfinite:
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         metrics["skipped"] = ~finite
-        old = dataclasses.replace(state, step=new.step)
-        new = jax.tree.map(lambda there, before: jnp.where(finite, there, before), new, old)
     return new, metrics
 
 
