@@ -1,5 +1,6 @@
 """How a step is compiled: with which options, how often, and what is left of it."""
 
+import functools
 import gc
 import platform
 import subprocess
@@ -9,10 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs_for_tests import ROOT
+from runs_for_tests import ROOT, TINY
 
+from ddpm_jax import config as config_lib
 from ddpm_jax import parallel
 from ddpm_jax.parallel import compile_call, make_layout
+from ddpm_jax.training.job import make_job
+from ddpm_jax.training.step import seeded_call
 
 
 def test_the_compiler_s_options_are_those_of_its_version_and_the_user_s_go_first(monkeypatch):
@@ -123,3 +127,23 @@ assert before - resident() > 2**26, (before, resident())
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         pytest.skip("only glibc keeps it")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_to_leave_an_update_out_needs_no_second_state(monkeypatch):
+    """As long as it is chosen leaf by leaf, where the update is made."""
+    monkeypatch.setattr(parallel.jaxlib.version, "__version__", "0.10.2")
+    temporary = {}
+    for nonfinite in ("stop", "skip"):
+        config = config_lib.load_file(f"{ROOT}/configs/digits.py")
+        changes = {"train.nonfinite": nonfinite, "train.batch_size": 2, "train.steps_per_call": 1}
+        for key, value in (TINY | changes | {"model.channels": 64}).items():
+            config_lib.override(config, key, value)
+        job = make_job(config)
+        step = functools.partial(seeded_call, job.task)
+        program = compile_call(job.layout, step, (job.layout.replicated, job.sharding))
+        seed = jax.ShapeDtypeStruct((), jnp.int32, sharding=job.layout.replicated)
+        compiled = program.lower((seed, job.abstract), job.images).compile()
+        temporary[nonfinite] = compiled.memory_analysis().temp_size_in_bytes
+    parameters = sum(4 * leaf.size for leaf in jax.tree.leaves(job.abstract.params))
+    # The state has four times the parameters; chosen after the update they would be two more.
+    assert temporary["skip"] < temporary["stop"] + 1.5 * parameters
