@@ -26,7 +26,6 @@ from ddpm_jax.config import RequestError
 from ddpm_jax.data import ReadError
 from ddpm_jax.evaluation import manifest, results, selftest
 from ddpm_jax.lock import LostError
-from ddpm_jax.parallel import keep_memory
 from ddpm_jax.training import check, goodput, loop, together, verify
 from ddpm_jax.training.checkpoints import CheckpointError
 from ddpm_jax.training.metrics import NonFiniteError
@@ -294,7 +293,6 @@ def use_compilation_cache() -> None:
 
 
 if __name__ == "__main__":
-    keep_memory()
     exit_code = main(started=goodput.process_start())
     for number in interruption.SIGNALS:  # There is nothing left to stop, but an end to be hastened.
         signal.signal(number, lambda *_: os._exit(exit_code))

@@ -13,7 +13,6 @@ import ctypes
 import dataclasses
 import functools
 import gc
-import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -262,22 +261,6 @@ def trim_memory() -> None:
     """Gives back to the system what was freed, which glibc keeps."""
     with contextlib.suppress(OSError, AttributeError):  # Other systems' libraries do so themselves.
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def keep_memory() -> None:
-    """Has glibc keep what is freed, where CPUs compute; before any thread has begun.
-
-    Else a program's temporary memory goes back to the system after each step and is fetched anew,
-    zeroed page by page: up to a tenth of a step. Peaks stay, and `trim_memory` still gives back.
-    With an accelerator it is only the threads that read which take memory, better of their own.
-    """
-    accelerated = any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))
-    if accelerated and os.environ.get("JAX_PLATFORMS") != "cpu":
-        return
-    # M_ARENA_MAX, since others cannot grow that far; M_MMAP_MAX; M_TRIM_THRESHOLD: see malloc.h.
-    for parameter, value in ((-8, 1), (-4, 0), (-1, -1)):
-        with contextlib.suppress(OSError, AttributeError):  # Other systems' libraries.
-            ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def from_host(x: np.ndarray, sharding: NamedSharding) -> jax.Array:

@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import os
 import platform
 import subprocess
 import sys
@@ -148,44 +147,3 @@ def test_to_leave_an_update_out_needs_no_second_state(monkeypatch):
     parameters = sum(4 * leaf.size for leaf in jax.tree.leaves(job.abstract.params))
     # The state has four times the parameters; chosen after the update they would be two more.
     assert temporary["skip"] < temporary["stop"] + 1.5 * parameters
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
-@pytest.mark.parametrize(
-    ("module", "platforms", "kept"),
-    [(None, "", True), ("libtpu", "", False), ("jax_plugins", "", False), ("libtpu", "cpu", True)],
-)
-def test_what_is_freed_is_kept_where_cpus_compute(tmp_path, module, platforms, kept):
-    """In a thread, as programs run, whose own memory could not grow that far."""
-    if module:
-        (tmp_path / f"{module}.py").touch()
-    code = """
-import resource, threading
-from ddpm_jax.parallel import keep_memory
-
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    b'x' * 2**27
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-def twice():
-    global first, second
-    first, second = faults(), faults()
-
-keep_memory()
-thread = threading.Thread(target=twice)
-thread.start()
-thread.join()
-print(first, second)
-"""
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": platforms}
-    environment = {k: v for k, v in environment.items() if v or k != "JAX_PLATFORMS"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, encoding="utf-8"
-    )
-    assert done.returncode == 0, done.stderr
-    first, second = map(int, done.stdout.split())
-    if first < 1000:
-        pytest.skip("pages are huge here, and few")
-    assert (second < first / 10) == kept

@@ -181,6 +181,7 @@ def test_an_optimizer_that_masks_leaves_is_refused(state):
 def test_the_update_and_the_ways_back_are_apart_on_cpus_alone(monkeypatch, state, images, remat):
     """A program of one piece is for other platforms."""
     monkeypatch.setattr(parallel.jaxlib.version, "__version__", "0.10.2")
+    monkeypatch.setattr(parallel.jax, "default_backend", lambda: "cpu")
     task = make_task()
     task = dataclasses.replace(task, model=task.model.clone(remat=remat))
     state = dataclasses.replace(state, opt_state=task.optimizer.init(state.params))

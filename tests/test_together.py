@@ -352,6 +352,9 @@ def test_nothing_is_done_for_what_is_finished_but_its_last_figure(unrolled, tmp_
     assert old.stat().st_mtime > 0 and not gone.exists()
     assert main(command(parent)) == 0
     assert gone.read_bytes() == content
+    after = snapshot(parent)
+    changed = {p.name for p in before if after[p][0] != before[p][0]} - STARTS
+    assert not changed and before.keys() == after.keys()
 
 
 def poison(workdir):

@@ -295,7 +295,8 @@ def test_what_is_not_needed_is_not_imported(tmp_path, before):
     unneeded = {"torch", "boto3", "google.cloud.storage", "scipy.special"}
     code = (
         f"import sys; sys.modules.update({{{before!r}: sys}}); import ddpm_jax.main\n"
-        f"assert {unneeded!r} & set(sys.modules) == {{{before!r}}} - {{''}}"
+        f"assert {unneeded!r} & set(sys.modules) == {{{before!r}}} - {{''}}\n"
+        f"assert sys.modules[{before!r}] is sys"
     )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)

@@ -77,7 +77,8 @@ def map_leaves(
       update: (gradient, parameter, average, optimizer state, *scalars) of a leaf, to its new
         parameter, average and optimizer state.
     Raises:
-      ValueError: the optimizer's state has arrays that belong to no leaf.
+      ValueError: the optimizer's state has arrays that are not laid out as the parameters. One that
+        sees several leaves and has no such state goes unnoticed.
     """
     tree = jax.tree.structure(grads)
 

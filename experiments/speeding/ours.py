@@ -19,7 +19,7 @@ from ddpm_jax import bounded, interop, keys, losses
 from ddpm_jax.data import to_float
 from ddpm_jax.generation import compile_sampler
 from ddpm_jax.main import use_compilation_cache
-from ddpm_jax.parallel import compile_call, keep_memory, network_jit
+from ddpm_jax.parallel import compile_call, network_jit
 from ddpm_jax.runs import image_shape
 from ddpm_jax.training.check import step_flops
 from ddpm_jax.training.job import make_job
@@ -166,5 +166,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    keep_memory()  # As the command line does.
     main()

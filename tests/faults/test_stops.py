@@ -164,7 +164,7 @@ def test_a_run_that_is_stopped_again_and_again_loses_nothing(
     cache = tmp_path / "cache" if long and int(seed) % 4 == 0 else None
     every = 1 + (int(seed) + 1) % 3
     run = Run(nursery, tmp_path, whole.settings | {"train__checkpoint_every": every}, cache)
-    kills, stops = (8, 4) if long else (2, 1)
+    kills, stops = (8, 4) if long else (3, 1)
     for fault in drawn(rng, kills, stops, whole, cache is not None, kind == "evaluating"):
         newest, unfinished = run.newest(), run.unfinished()
         pid = run.start()
