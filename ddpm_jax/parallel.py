@@ -109,10 +109,11 @@ def in_one_piece() -> Iterator[None]:
 
 
 def apart(function: Callable[..., Any], **how: Any) -> Callable[..., Any]:
-    """`jax.jit` of a part of a program, which CPUs keep apart from the rest of it.
+    """`jax.jit` of a part of a program, which a CPU keeps apart from the rest of it.
 
-    The time in which they load a program from the cache grows with the square of its length. What
+    The time in which it loads a program from the cache grows with the square of its length. What
     is on both sides of the border is not fused, nor is memory that was donated used across it.
+    With several devices nothing is apart: sums over them are put together across a whole program.
 
     Args:
       function: of positional arguments; returns arrays, of which the first is used.
@@ -123,7 +124,7 @@ def apart(function: Callable[..., Any], **how: Any) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
         out = jitted(*arguments)
-        if _one_piece.get() or not _cpu_compiler_is_known():
+        if _one_piece.get() or not _cpu_compiler_is_known() or jax.device_count() > 1:
             return out
         (first, *others), tree = jax.tree.flatten(out)
         # What marks a value marks the call that it comes from.

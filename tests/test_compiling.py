@@ -37,7 +37,7 @@ def test_the_compiler_s_options_are_those_of_its_version_and_the_user_s_go_first
     assert parallel.network_jit(len) == {"compiler_options": {}}
 
 
-def test_parts_are_apart_on_cpus_with_a_known_compiler_and_nowhere_else(monkeypatch):
+def test_parts_are_apart_on_one_cpu_with_a_known_compiler_and_nowhere_else(monkeypatch):
     """Their values and gradients are what they are without."""
     x = jnp.linspace(0.0, 1.0, 5)
 
@@ -56,6 +56,9 @@ def test_parts_are_apart_on_cpus_with_a_known_compiler_and_nowhere_else(monkeypa
     monkeypatch.setattr(parallel.jaxlib.version, "__version__", "0.11.0")
     assert calls() == 0
     monkeypatch.setattr(parallel.jaxlib.version, "__version__", "0.10.2")
+    with monkeypatch.context() as patched:
+        patched.setattr(parallel.jax, "device_count", lambda: 2)
+        assert calls() == 0
     monkeypatch.setattr(parallel.jax, "default_backend", lambda: "tpu")
     assert calls() == 0
 
