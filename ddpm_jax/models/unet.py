@@ -14,6 +14,7 @@ from ddpm_jax.models.layers import (
     Dense,
     GroupNorm,
     add_to_pixels,
+    attention,
     dropout,
     timestep_embedding,
     upsample,
@@ -55,9 +56,11 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, height, width, channels = x.shape
         h = GroupNorm(self.norm_groups, dtype=self.dtype, name="norm")(x)
-        h = h.reshape(batch, height * width, 1, channels)
-        q, k, v = (Dense(channels, dtype=self.dtype, name=name)(h) for name in "qkv")
-        h = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
+        q, k, v = (
+            Dense(channels, dtype=self.dtype, name=name)(h).reshape(batch, height * width, channels)
+            for name in "qkv"
+        )
+        h = attention(q, k, v).reshape(x.shape)
         return x + Dense(channels, init=NEARLY_ZERO, dtype=self.dtype, name="out")(h)
 
 
