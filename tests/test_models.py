@@ -141,6 +141,55 @@ def test_group_norm_of_bfloat16_has_float32_statistics():
         np.testing.assert_array_equal(mine, wide.astype(mine.dtype))
 
 
+def attended(q, k, v):
+    """softmax(q kᵀ / √channels) v, as it is written."""
+    scores = jnp.einsum("bqc,bkc->bqk", q, k) / np.sqrt(q.shape[-1])
+    return jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(scores, axis=-1), v)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+@pytest.mark.parametrize(("queries", "keys", "channels"), [(16, 16, 8), (5, 9, 3), (1, 1, 64)])
+def test_attention_and_its_gradients_against_autodiff_in_float64(queries, keys, channels, offset):
+    """With an offset, all scores of a query are far from 0 and nearly equal."""
+    rng = np.random.default_rng(0)
+    q, g = rng.normal(size=(2, 3, queries, channels)).astype("f4")
+    k, v = rng.normal(size=(2, 3, keys, channels)).astype("f4")
+    k[..., 0] += offset
+    got, pull = jax.vjp(layers.attention, q, k, v)
+    with jax.enable_x64(True):
+        want, exact = jax.vjp(attended, *(jnp.float64(a) for a in (q, k, v)))
+        want = [np.asarray(a) for a in (want, *exact(jnp.float64(g)))]
+    for mine, other in zip((got, *pull(g)), want, strict=True):
+        assert mine.dtype == jnp.float32
+        atol = (5e-4 if offset else 2e-6) * max(1, np.abs(other).max())
+        np.testing.assert_allclose(mine, other, atol=atol)
+
+
+def test_attention_of_bfloat16_sums_in_float32():
+    """1024 equal weights: a sum of ones in bfloat16 would stand still at 256."""
+    q, k = jnp.zeros((2, 1, 1024, 8), jnp.bfloat16)
+    v = jnp.full((1, 1024, 8), 1.5, jnp.bfloat16)
+    got, pull = jax.vjp(layers.attention, q, k, v)
+    np.testing.assert_array_equal(got, v)
+    _, _, dv = pull(jnp.ones_like(got))
+    np.testing.assert_array_equal(dv, jnp.ones_like(v))
+    assert got.dtype == dv.dtype == jnp.bfloat16
+
+
+def test_the_way_back_of_attention_keeps_no_map_of_weights():
+    tokens, channels, depth = 256, 8, 8
+
+    def loss(x):
+        for _ in range(depth):
+            x = layers.attention(x, x, x)
+        return (x**2).sum()
+
+    x = jax.ShapeDtypeStruct((1, tokens, channels), jnp.float32)
+    needs = network_jit(jax.grad(loss)).lower(x).compile().memory_analysis()
+    # Three maps on the way: weights, their gradient, and its product with them.
+    assert needs.temp_size_in_bytes / 4 / tokens**2 < 4 + depth * 3 * channels / tokens
+
+
 def test_a_shift_of_all_pixels_has_the_gradient_of_a_broadcast_sum():
     rng = np.random.default_rng(0)
     x, g = rng.normal(size=(2, 3, 7, 5, 6)).astype("f4")
