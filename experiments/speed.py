@@ -79,7 +79,7 @@ def measure(
     """
     found: dict[str, Any] = {"hardware": hardware(), "networks": {}}
     for network in networks:
-        workload = Workload.on(network, on_accelerator)
+        workload = Workload(network, NETWORKS[network][2 if on_accelerator else 1])
         asked = [part for part in parts if part in CONTESTS]
         # A chain of the paper's network takes ten minutes and more on CPUs.
         if tuple(parts) == PARTS and network != "digits" and not on_accelerator:

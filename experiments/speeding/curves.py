@@ -16,7 +16,7 @@ from ddpm_jax.data import ArraySource, Batches
 from ddpm_jax.parallel import make_layout
 from experiments.common import style, to_png
 from experiments.speeding.server import Worker
-from experiments.speeding.workloads import Workload
+from experiments.speeding.workloads import NETWORKS, Workload
 
 SECONDS = 3.0  # Of each point.
 IMAGES = (1_000, 10_000, 100_000)
@@ -35,7 +35,7 @@ class Point:
 
 def _axes(network: str) -> dict[str, list[tuple[float, Workload]]]:
     """Of each curve the places and their work."""
-    base = Workload.on(network, accelerator=False)
+    base = Workload(network, NETWORKS[network][1])
     config = base.config
 
     def changed(key: str, values: Sequence[int]) -> list[tuple[float, Workload]]:

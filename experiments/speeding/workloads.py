@@ -41,22 +41,12 @@ class Workload:
     dtype: str = "float32"
     overrides: tuple[tuple[str, str], ...] = ()
 
-    @classmethod
-    def on(cls, network: str, accelerator: bool) -> Workload:
-        """The network at the batch of such hardware; accelerators take it in one piece."""
-        _, on_cpus, on_accelerators = NETWORKS[network]
-        if accelerator:
-            return cls(network, on_accelerators, overrides=(("parallel.microbatches", "1"),))
-        return cls(network, on_cpus)
-
     @property
     def config(self) -> ml_collections.ConfigDict:
         """The config, with this batch and dtype."""
         config = copy.deepcopy(config_lib.load_file(NETWORKS[self.network][0]))
         config.train.batch_size = config.sample.batch_size = config.sample.count = self.batch
         config.model.dtype = self.dtype
-        # Smaller batches, too, divide by them.
-        config.parallel.microbatches = math.gcd(config.parallel.microbatches, self.batch)
         for key, value in self.overrides:
             config_lib.override(config, key, value)
         return config

@@ -73,15 +73,6 @@ def test_a_pass_through_the_paper_s_network_costs_what_it_does_by_hand(network, 
     assert workloads.network_flops(job) / 2e9 == pytest.approx(gflops, abs=6e-4)
 
 
-def test_small_comes_in_parts_on_cpus_alone():
-    """Four parts of a batch stay in a CPU's caches; those of two images are two."""
-    found = [
-        (work.batch, work.config.train.batch_size, work.config.parallel.microbatches)
-        for work in (Workload.on("small", False), Workload.on("small", True), Workload("small", 2))
-    ]
-    assert found == [(64, 64, 4), (128, 128, 1), (2, 2, 2)]
-
-
 def test_a_workload_comes_through_a_command_line():
     one = Workload("digits", 16, "bfloat16", (("model.channels", "8"),))
     again = Workload.from_json(one.to_json())
