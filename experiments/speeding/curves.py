@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import pathlib
 import tempfile
@@ -109,18 +110,29 @@ def _resident(count: int) -> Point:
     return Point(count, (time.perf_counter() - began) / calls, images.nbytes)
 
 
+def span(values: Sequence[float]) -> tuple[float, float]:
+    """Limits of a logarithmic axis: a decade at least, lest noise looks like a cost."""
+    low, high = min(values), max(values)
+    middle, half = math.sqrt(low * high), math.sqrt(10)
+    return min(low / 1.2, middle / half), max(high * 1.2, middle * half)
+
+
 def figure(network: str, curves: dict[str, list[dict[str, float]]]) -> bytes:
     """The PNG of all curves: seconds, and bytes at the right."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     picture = Figure(figsize=(20, 8), layout="constrained")
     axes = [picture.add_subplot(2, 4, place + 1) for place in range(len(curves))]
     for axis, (name, points) in zip(axes, curves.items(), strict=True):
-        at = [point["at"] for point in points]
-        axis.loglog(at, [point["seconds"] for point in points], "o-", color="tab:blue")
+        at, seconds = ([point[key] for point in points] for key in ("at", "seconds"))
+        axis.loglog(at, seconds, "o-", color="tab:blue")
         style(axis, name, UNITS.get(name, UNIT), f"{network}: {name}")
         axis.set_xticks(at, [f"{x:g}" for x in at], minor=False)
         axis.minorticks_off()
+        axis.set_ylim(span(seconds))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         right = axis.twinx()
         right.plot(at, [point["nbytes"] / 2**30 for point in points], "s--", color="tab:orange")
         right.set_ylabel("GiB", color="tab:orange", fontsize=12)

@@ -15,7 +15,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.training import check
 from ddpm_jax.training.job import make_job
 from experiments import speed
-from experiments.speeding import accelerators, contest, page, workloads
+from experiments.speeding import accelerators, contest, curves, page, workloads
 from experiments.speeding.contest import DifferentWorkError, Result
 from experiments.speeding.server import Worker, WorkerError
 from experiments.speeding.workloads import Workload, matmul_flops
@@ -71,6 +71,13 @@ def test_a_pass_through_the_paper_s_network_costs_what_it_does_by_hand(network, 
     """The figures were counted layer by layer, apart from this code."""
     job = make_job(Workload(network, 2).config)
     assert workloads.network_flops(job) / 2e9 == pytest.approx(gflops, abs=6e-4)
+
+
+def test_an_axis_of_seconds_spans_a_decade_at_least():
+    low, high = curves.span([0.07, 0.08, 0.075])
+    assert high / low == pytest.approx(10)
+    assert low * high == pytest.approx(0.07 * 0.08)
+    assert curves.span([1.0, 100.0, 7.0]) == pytest.approx((1 / 1.2, 120))
 
 
 def test_a_workload_comes_through_a_command_line():
