@@ -140,7 +140,9 @@ class SlowSource(ArraySource):
 def test_reads_ahead_a_few_calls_and_stops(monkeypatch):
     monkeypatch.setattr(pipeline, "CLOSING_SECONDS", 60)  # However busy the machine is.
     source = SlowSource("slow", "train", IMAGES)
+    before = threading.enumerate()  # Among them those that other tests left to hang.
     batches = Batches(source, 0, 2, 3, one_device(), resident=False)
+    (reader,) = [t for t in threading.enumerate() if t not in before and t.name == "read-ahead"]
     batches(0)
     assert batches.wait_seconds > 0.19
     time.sleep(1.2)
@@ -151,7 +153,7 @@ def test_reads_ahead_a_few_calls_and_stops(monkeypatch):
     batches.close()
     batches.close()
     assert source.asked <= 5
-    assert not [t for t in threading.enumerate() if t.name.startswith("read-ahead")]
+    assert not reader.is_alive()
 
 
 def test_a_gather_is_asked_ahead_as_well_and_has_no_time_limit():
