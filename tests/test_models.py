@@ -163,7 +163,7 @@ def test_attention_and_its_gradients_in_float64(queries, keys, channels, offset,
     k, v = rng.normal(size=(2, 3, keys, channels)).astype("f4")
     k += offset * rng.normal(size=channels).astype("f4")
     v += offset * rng.normal(size=channels).astype("f4")
-    got, pull = jax.vjp(layers.attend, q, k, v)
+    got, pull = jax.vjp(layers.dot_product_attention, q, k, v)
     want = attention_in_float64(q, k, v, g)
     for mine, exact in zip((got, *pull(g)), want, strict=True):
         assert mine.dtype == jnp.float32
@@ -172,7 +172,7 @@ def test_attention_and_its_gradients_in_float64(queries, keys, channels, offset,
 
 def test_attention_of_large_scores_is_finite():
     q = jnp.full((1, 4, 8), 100.0)
-    out, pull = jax.vjp(layers.attend, q, q, q)
+    out, pull = jax.vjp(layers.dot_product_attention, q, q, q)
     np.testing.assert_allclose(out, q, rtol=1e-6)
     assert all(np.isfinite(d).all() for d in pull(jnp.ones_like(q)))
 
@@ -180,7 +180,7 @@ def test_attention_of_large_scores_is_finite():
 def test_attention_of_bfloat16_is_rounded_once_on_cpus():
     rng = np.random.default_rng(0)
     q, k, v, g = jnp.bfloat16(rng.normal(size=(4, 2, 300, 24)) + 1)
-    got, pull = jax.vjp(layers.attend, q, k, v)
+    got, pull = jax.vjp(layers.dot_product_attention, q, k, v)
     want = attention_in_float64(q, k, v, g)
     for mine, exact in zip((got, *pull(g)), want, strict=True):
         assert mine.dtype == jnp.bfloat16
@@ -203,8 +203,12 @@ def test_attention_on_other_platforms_is_the_library_s():
 
     theirs = products(library, "cuda")
     assert theirs
-    assert products(layers.attend, "cuda") == products(layers.attend, "tpu") == theirs
-    assert products(layers.attend, "cpu") != theirs
+    assert (
+        products(layers.dot_product_attention, "cuda")
+        == products(layers.dot_product_attention, "tpu")
+        == theirs
+    )
+    assert products(layers.dot_product_attention, "cpu") != theirs
 
 
 def test_the_way_back_of_attention_keeps_one_map_a_layer():
@@ -213,7 +217,7 @@ def test_the_way_back_of_attention_keeps_one_map_a_layer():
 
     def loss(x):
         for _ in range(depth):
-            x = layers.attend(x, x, x)
+            x = layers.dot_product_attention(x, x, x)
         return (x**2).sum()
 
     x = jax.ShapeDtypeStruct((1, tokens, channels), jnp.float32)

@@ -315,11 +315,11 @@ class GroupNorm(nn.Module):
 
 
 @jax.jit
-def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """softmax(q kᵀ / √channels) v of each example: attention of one head, the softmax in float32.
 
-    Vaswani et al. 2017, equation 1. On CPUs in plain products, all in float32: those of
-    `jax.nn.dot_product_attention` have other layouts, and are transposed there.
+    Vaswani et al. 2017 (arXiv:1706.03762), equation 1. On CPUs in plain products, all in float32:
+    the maps of `jax.nn`'s own have other layouts, and are transposed there.
 
     Args:
       q: [batch, queries, channels], of any floating type.

@@ -14,7 +14,7 @@ from ddpm_jax.models.layers import (
     Dense,
     GroupNorm,
     add_to_pixels,
-    attend,
+    dot_product_attention,
     dropout,
     timestep_embedding,
     upsample,
@@ -60,7 +60,7 @@ class Attention(nn.Module):
             Dense(channels, dtype=self.dtype, name=name)(h).reshape(batch, height * width, channels)
             for name in "qkv"
         )
-        h = attend(q, k, v).reshape(x.shape)
+        h = dot_product_attention(q, k, v).reshape(x.shape)
         return x + Dense(channels, init=NEARLY_ZERO, dtype=self.dtype, name="out")(h)
 
 
