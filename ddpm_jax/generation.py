@@ -17,7 +17,7 @@ from ddpm_jax import bounded, figures, files, keys, sampling
 from ddpm_jax.config import RequestError
 from ddpm_jax.data import to_uint8
 from ddpm_jax.diffusion import Process
-from ddpm_jax.models import UNet
+from ddpm_jax.models import UNet, rounded_kernels
 from ddpm_jax.parallel import Layout, first_hosts, network_jit, to_host, wait_for_all
 from ddpm_jax.parts import collect, read
 from ddpm_jax.runs import Run, fingerprint, image_shape
@@ -64,6 +64,7 @@ def compile_sampler(
 
     def sampler(seed: jax.Array, params: Any, indices: jax.Array) -> Drawn:
         example_keys = keys.example_keys(seed, "sample", 0, indices)
+        params = rounded_kernels(model, params)
         drawn = sampling.sample(
             process,
             lambda x_t, t: model.apply({"params": params}, x_t, t),

@@ -79,7 +79,7 @@ def measure(
     """
     found: dict[str, Any] = {"hardware": hardware(), "networks": {}}
     for network in networks:
-        workload = Workload(network, NETWORKS[network][2 if on_accelerator else 1])
+        workload = Workload.of(network, on_accelerator)
         asked = [part for part in parts if part in CONTESTS]
         # A chain of the paper's network takes ten minutes and more on CPUs.
         if tuple(parts) == PARTS and network != "digits" and not on_accelerator:
@@ -89,6 +89,7 @@ def measure(
             results, flops = contest.compete(workload, names, asked, rounds, say)
             found["networks"][network] = {
                 "batch": workload.batch,
+                "samples": workload.samples,
                 "flops": flops,
                 "contestants": [vars(result) for result in results],
             }
@@ -96,7 +97,9 @@ def measure(
     if "start" in parts:
         from experiments.speeding import starts
 
-        found["start"] = {network: starts.measure(network, say) for network in networks}
+        found["start"] = {
+            network: starts.measure(network, on_accelerator, say) for network in networks
+        }
         keep(found)
     if "input" in parts:
         from experiments.speeding import inputs

@@ -21,6 +21,7 @@ from ddpm_jax.training.step import seeded_call
 
 def test_the_compiler_s_options_are_those_of_its_version_and_the_user_s_go_first(monkeypatch):
     """That XLA takes them is seen by every test that compiles a step."""
+    jax.devices()  # Before there are flags that XLA may not know.
     monkeypatch.setattr(parallel.jax, "jit", lambda function, **how: how)
     monkeypatch.setattr(parallel.jaxlib.version, "__version__", "0.10.2")
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
@@ -33,7 +34,41 @@ def test_the_compiler_s_options_are_those_of_its_version_and_the_user_s_go_first
     monkeypatch.setenv("XLA_FLAGS", f"--{ynn}=eltwise --{passes}=")
     assert parallel.network_jit(len) == {"compiler_options": {}}
     monkeypatch.setenv("XLA_FLAGS", "")
-    monkeypatch.setattr(parallel.jaxlib.version, "__version__", "0.11.0")
+    monkeypatch.setattr(parallel.jaxlib.version, "__version__", "0.12.0")
+    assert parallel.network_jit(len) == {"compiler_options": {}}
+
+
+@pytest.mark.parametrize(("channels", "wide"), [(32, False), (128, False), (136, True)])
+def test_by_jaxlib_0_11_wide_networks_have_settings_of_their_own(monkeypatch, channels, wide):
+    monkeypatch.setattr(parallel.jaxlib.version, "__version__", "0.11.2")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    kernel = jnp.ones((3, 3, channels, channels))
+    params = {"in": kernel[:, :, :3], "middle": kernel, "dense": jnp.ones((512, 512))}
+
+    def total(params, x):
+        return sum(leaf.sum() for leaf in jax.tree.leaves(params)) + x.sum()
+
+    images = jnp.ones((2, 8, 8, 3))
+    program = parallel.network_jit(total)
+    assert program._program((params, images)) is (program.wide if wide else program.narrow)
+    assert program._program((images,)) is program.wide  # Nothing tells.
+    want = total(params, images)
+    np.testing.assert_allclose(program(params, images), want, rtol=1e-5)
+    np.testing.assert_allclose(program.lower(params, images).compile()(params, images), want)
+    with monkeypatch.context() as patched:
+        patched.setattr(parallel.jax, "jit", lambda function, **how: how["compiler_options"])
+        both = parallel.network_jit(len)
+    ynn = "xla_cpu_experimental_ynn_fusion_type"
+    assert (both.narrow, both.wide) == ({}, {ynn: "LIBRARY_FUSION_TYPE_DOT"})
+
+
+def test_on_gpus_no_sum_s_order_is_left_to_chance(monkeypatch):
+    monkeypatch.setattr(parallel.jax, "jit", lambda function, **how: how)
+    monkeypatch.setattr(parallel.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    option = "xla_gpu_exclude_nondeterministic_ops"
+    assert parallel.network_jit(len) == {"compiler_options": {option: True}}
+    monkeypatch.setenv("XLA_FLAGS", f"--{option}=false")
     assert parallel.network_jit(len) == {"compiler_options": {}}
 
 
@@ -53,7 +88,7 @@ def test_parts_are_apart_on_one_cpu_with_a_known_compiler_and_nowhere_else(monke
     np.testing.assert_allclose(gradient, 6 * np.sin(x) ** 2 * np.cos(x), rtol=1e-6)
     monkeypatch.setattr(parallel.jaxlib.version, "__version__", "0.10.2")
     assert calls() == 1
-    monkeypatch.setattr(parallel.jaxlib.version, "__version__", "0.11.0")
+    monkeypatch.setattr(parallel.jaxlib.version, "__version__", "0.12.0")
     assert calls() == 0
     monkeypatch.setattr(parallel.jaxlib.version, "__version__", "0.10.2")
     with monkeypatch.context() as patched:

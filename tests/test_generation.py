@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from jax.extend.core import jaxprs_in_params
 from PIL import Image
 from runs_for_tests import arguments, start, train
 
@@ -38,6 +39,28 @@ def draw(workdir, **overrides):
     (new,) = set((workdir / "samples").glob("*.npz")) - before
     images, protocol = generation.load_images(new)
     return images, protocol, new
+
+
+def test_no_step_of_a_chain_rounds_kernels_again(run_directory, monkeypatch):
+    monkeypatch.setattr(generation, "network_jit", jax.jit)  # Options are for programs alone.
+    run = runs.load(run_directory)
+    model = run.model.clone(dtype=jnp.bfloat16)
+    sampler = generation.compile_sampler(
+        run.layout, run.process, model, run.config, run.params_sharding
+    )
+    traced = jax.make_jaxpr(sampler)(run.params, jnp.arange(2))
+    rounds = [0, 0]  # Before the loop, and in it.
+
+    def count(jaxpr, inside):
+        for equation in jaxpr.eqns:
+            name = equation.primitive.name
+            if name == "convert_element_type" and equation.params["new_dtype"] == jnp.bfloat16:
+                rounds[inside] += equation.invars[0].aval.shape[:2] == (3, 3)
+            for inner in jaxprs_in_params(equation.params):
+                count(inner, inside or name == "scan")
+
+    count(traced.jaxpr, False)
+    assert rounds == [sum(x.ndim == 4 for x in jax.tree.leaves(run.params)), 0]
 
 
 def test_samples_are_saved_with_their_protocol(run_directory):

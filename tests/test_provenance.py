@@ -1,5 +1,6 @@
 """What a run notes of each of its starts."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 from etils import epath
 from runs_for_tests import train
 
+import ddpm_jax
 from ddpm_jax.config import RequestError
 from ddpm_jax.evaluation import manifest
 from ddpm_jax.evaluation.manifest import Manifest, Measured, code_commit
@@ -27,6 +29,18 @@ def test_each_start_is_noted_with_the_step_from_which_it_goes_on(tmp_path):
         assert start["time"].endswith("+00:00")
     assert train(tmp_path, train__steps=20) == 0  # Nothing is left to train.
     assert RunDirectory.of(tmp_path).load_starts() == starts
+
+
+def test_a_checkout_that_is_not_installed_tells_its_version(monkeypatch):
+    installed = manifest.importlib.metadata.version
+
+    def version(package):
+        if package == "ddpm_jax":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return installed(package)
+
+    monkeypatch.setattr(manifest.importlib.metadata, "version", version)
+    assert manifest.provenance()["versions"]["ddpm_jax"] == ddpm_jax.__version__
 
 
 @pytest.mark.parametrize("content", [b"{", b"{}", b"[1]", b'[{"versions": ["jax"]}]', b"\xff"])

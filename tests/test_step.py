@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -197,6 +198,23 @@ def test_the_update_and_the_ways_back_are_apart_on_cpus_alone(monkeypatch, state
     assert marks() == 1 + convolutions - 1 + norms
     with parallel.in_one_piece():
         assert marks() == 0
+
+
+def test_on_gpus_gradients_come_to_the_update_as_they_are_stored(state):
+    """Else the compiler lets the update have the order of what makes them."""
+    task = dataclasses.replace(make_task(), optimizer=optax.sgd(1.0))
+    state = dataclasses.replace(state, opt_state=task.optimizer.init(state.params))
+
+    def orders(platform):
+        traced = jax.jit(functools.partial(updated, task)).trace(state, state.params, jnp.zeros(()))
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        found = re.findall(r"@LayoutConstraint.*?result_layouts = \[dense<(.*?)> ", text)
+        return [[int(axis) for axis in re.findall(r"\d+", order)] for order in found]
+
+    assert orders("cpu") == orders("tpu") == []
+    dimensions = [x.ndim for x in jax.tree.leaves(state.params)]
+    assert [len(order) for order in orders("cuda")] == dimensions
+    assert all(order == sorted(order, reverse=True) for order in orders("cuda"))
 
 
 def test_no_clip_where_there_is_none(state):

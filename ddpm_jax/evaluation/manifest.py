@@ -25,6 +25,7 @@ from typing import Any
 import jax
 from etils import epath
 
+import ddpm_jax
 from ddpm_jax import bounded, files
 
 # Of a manifest's file, and the types of their values.
@@ -40,7 +41,7 @@ FIELDS = {
     "subject": dict,
     "provenance": dict,
 }
-PACKAGES = ("ddpm_jax", "jax", "jaxlib", "flax", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 
 
 class Measured(float):
@@ -108,8 +109,9 @@ def digest(*parts: Any) -> str:
 def provenance(seconds: float | None = None) -> dict[str, Any]:
     """Versions, devices and time of a measurement that ends now, and the seconds it took."""
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    versions |= {"ddpm_jax": ddpm_jax.__version__, "python": platform.python_version()}
     return {
-        "versions": versions | {"python": platform.python_version()},
+        "versions": versions,
         "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
         "hosts": jax.process_count(),
         "seconds": seconds if seconds is None else round(seconds, 1),

@@ -187,7 +187,12 @@ def _parameter(
 
 
 class Conv(nn.Module):
-    """A square convolution with bias; stride 2 is padded at the bottom and right (TF's SAME)."""
+    """A square convolution with bias; stride 2 is padded at the bottom and right (TF's SAME).
+
+    Attributes:
+      bias_apart: the map without the bias, and the bias, float32 [features]: for what follows to
+        add, and to find the bias's gradient, without a pass over the map.
+    """
 
     features: int
     size: int = 3
@@ -195,16 +200,20 @@ class Conv(nn.Module):
     init: nn.initializers.Initializer = INIT
     dtype: jnp.dtype = jnp.float32
     winograd: bool = True
+    bias_apart: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array | tuple[jax.Array, jax.Array]:
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = _parameter(self, "kernel", self.init, shape)
         bias = _parameter(self, "bias", nn.initializers.zeros, (self.features,))
         total = self.size - self.stride
         pads = (total // 2, total - total // 2)
-        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         x = conv2d(x, kernel, self.stride, (pads, pads), self.winograd)
+        if self.bias_apart:
+            return x, bias
+        bias = bias.astype(self.dtype)
         return add_to_pixels(x, jnp.broadcast_to(bias, (x.shape[0], self.features)))
 
 
@@ -228,9 +237,14 @@ class Dense(nn.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def group_norm(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, groups: int, silu: bool
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    groups: int,
+    silu: bool,
+    shift: jax.Array | None = None,
 ) -> jax.Array:
-    """x normalised over the pixels and channels of each group, times scale, plus bias; then SiLU.
+    """x + shift normalised over each group's pixels and channels, times scale, plus bias; SiLU.
 
     Wu and He 2018 (arXiv:1803.08494), equations 1, 2 and 7; ε is 1e-6 (TensorFlow's). The way back
     keeps x and the statistics, and computes the rest again. Reverse mode only: no jvp.
@@ -240,39 +254,69 @@ def group_norm(
       scale: float32 [channels]; so is bias.
       groups: as many as divide the channels.
       silu: whether u is followed by u · sigmoid(u).
+      shift: float32 [batch, channels], the same at all pixels; None: 0. It moves the means alone,
+        so that neither x + shift nor its gradient is a map of its own.
     """
-    return _group_norm_forward(x, scale, bias, groups, silu)[0]
+    return _group_norm_forward(x, scale, bias, groups, silu, shift)[0]
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _group_norm_forward(x, scale, bias, groups, silu):
-    mean, inverse = _group_statistics(x.astype(jnp.float32), groups)
-    u = _at_pixels(x, mean, inverse) * scale + bias
+def _group_norm_forward(x, scale, bias, groups, silu, shift):
+    # normal = (x − centre) · inverse, of which each channel's mean is off_centre · inverse.
+    centre, off_centre, inverse = _group_statistics(x.astype(jnp.float32), shift, groups)
+    u = _at_pixels(x, centre, inverse) * scale + bias
     out = u * jax.nn.sigmoid(u) if silu else u
-    return out.astype(x.dtype), (x, mean, inverse, scale, bias)
+    means = None if shift is None else off_centre
+    return out.astype(x.dtype), (x, centre, inverse, scale, bias, means)
 
 
 @functools.partial(apart, static_argnums=(0, 1))
 def _group_norm_backward(groups, silu, saved, g):
-    (x, mean, inverse, scale, bias), g = lax.optimization_barrier((saved, g))
-    normal = _at_pixels(x, mean, inverse)
-    du = g.astype(jnp.float32)
-    if silu:
-        u = normal * scale + bias
-        sigmoid = jax.nn.sigmoid(u)
-        du *= sigmoid * (1 + u * (1 - sigmoid))
+    saved, g = lax.optimization_barrier((saved, g))
+    x, centre, inverse, scale, bias, means = saved
+
+    def maps(x, g):
+        normal = _at_pixels(x, centre, inverse)
+        du = g.astype(jnp.float32)
+        if silu:
+            u = normal * scale + bias
+            sigmoid = jax.nn.sigmoid(u)
+            du *= sigmoid * (1 + u * (1 - sigmoid))
+        return normal, du
+
+    normal, du = maps(x, g)
     d_bias, d_scale = pixel_sums(du), pixel_sums(du * normal)
+    x, g, d_bias, d_scale = _anew(x, g, d_bias, d_scale)
+    normal, du = maps(x, g)
     # What moves the group's mean and its standard deviation moves no output.
     pixels = x.shape[1] * x.shape[2]
     of_mean = _group_means(d_bias * scale, groups) / pixels
     of_deviation = _group_means(d_scale * scale, groups) / pixels
     dx = du * scale - of_mean[:, None, None] - normal * of_deviation[:, None, None]
     dx *= inverse[:, None, None]
-    return dx.astype(x.dtype), d_scale.sum(axis=0), d_bias.sum(axis=0)
+    d_shift = None
+    if means is not None:  # The sums of dx.
+        normals = pixels * means * inverse
+        d_shift = (d_bias * scale - pixels * of_mean - normals * of_deviation) * inverse
+    return dx.astype(x.dtype), d_scale.sum(axis=0), d_bias.sum(axis=0), d_shift
 
 
-def _group_statistics(x, groups):
-    """Each channel's group's mean and 1 / standard deviation, [batch, channels]."""
+def _anew(*values):
+    """The values, from which accelerators compute again what they have computed before.
+
+    There maps in float32 take longer to write and to read than those in bfloat16 to read twice,
+    and sums of sums are read from the maps once more unless something stands between them.
+    """
+
+    def barrier(*values):
+        return lax.optimization_barrier(values)
+
+    return lax.platform_dependent(*values, cpu=lambda *values: values, default=barrier)
+
+
+def _group_statistics(x, shift, groups):
+    """Of x + shift: where each channel's group's mean lies in x, the channel's mean less that of
+    its group, and 1 / the group's standard deviation, each [batch, channels]."""
     # Moments about one of the channel's own pixels, so that a mean far from 0 costs no digits.
     pixels = x.shape[1] * x.shape[2]
     origin = x[:, 0, 0]
@@ -280,9 +324,11 @@ def _group_statistics(x, groups):
     mean = pixel_sums(centred) / pixels
     variance = jnp.maximum(pixel_sums(centred**2) / pixels - mean**2, 0)
     mean += origin
-    group_mean = _group_means(mean, groups)
-    group_variance = _group_means(variance + (mean - group_mean) ** 2, groups)
-    return group_mean, lax.rsqrt(group_variance + 1e-6)
+    shift = 0 if shift is None else shift
+    group_mean = _group_means(mean + shift, groups)
+    off_centre = mean + shift - group_mean
+    group_variance = _group_means(variance + off_centre**2, groups)
+    return group_mean - shift, off_centre, lax.rsqrt(group_variance + 1e-6)
 
 
 def _group_means(x, groups):
@@ -291,8 +337,8 @@ def _group_means(x, groups):
     return jnp.broadcast_to(by_group.mean(axis=-1, keepdims=True), by_group.shape).reshape(x.shape)
 
 
-def _at_pixels(x, mean, inverse):
-    return (x.astype(jnp.float32) - mean[:, None, None]) * inverse[:, None, None]
+def _at_pixels(x, centre, inverse):
+    return (x.astype(jnp.float32) - centre[:, None, None]) * inverse[:, None, None]
 
 
 group_norm.defvjp(_group_norm_forward, _group_norm_backward)
@@ -306,12 +352,12 @@ class GroupNorm(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, shift: jax.Array | None = None) -> jax.Array:
         channels = x.shape[-1]
         scale = _parameter(self, "scale", nn.initializers.ones, (channels,))
         bias = _parameter(self, "bias", nn.initializers.zeros, (channels,))
         groups = math.gcd(self.groups, channels)
-        return group_norm(x.astype(self.dtype), scale, bias, groups, self.silu)
+        return group_norm(x.astype(self.dtype), scale, bias, groups, self.silu, shift)
 
 
 @jax.jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,7 +14,6 @@ from ddpm_jax.models.layers import (
     Conv,
     Dense,
     GroupNorm,
-    add_to_pixels,
     dot_product_attention,
     dropout,
     timestep_embedding,
@@ -34,10 +34,9 @@ class ResidualBlock(nn.Module):
     def __call__(self, x: jax.Array, temb: jax.Array, keys: jax.Array | None) -> jax.Array:
         conv = functools.partial(Conv, dtype=self.dtype, winograd=self.winograd)
         h = GroupNorm(self.norm_groups, silu=True, dtype=self.dtype, name="norm_0")(x)
-        h = conv(self.features, name="conv_0")(h)
-        shift = Dense(self.features, dtype=self.dtype, name="time")(nn.silu(temb))
-        h = add_to_pixels(h, shift)
-        h = GroupNorm(self.norm_groups, silu=True, dtype=self.dtype, name="norm_1")(h)
+        h, bias = conv(self.features, bias_apart=True, name="conv_0")(h)
+        shift = Dense(self.features, dtype=self.dtype, name="time")(nn.silu(temb)) + bias
+        h = GroupNorm(self.norm_groups, silu=True, dtype=self.dtype, name="norm_1")(h, shift)
         if keys is not None and self.dropout:
             h = dropout(h, self.dropout, keys)
         h = conv(self.features, init=NEARLY_ZERO, name="conv_1")(h)
@@ -171,3 +170,11 @@ class UNet(nn.Module):
         h = GroupNorm(self.norm_groups, silu=True, dtype=self.dtype, name="norm_out")(h)
         h = conv(self.out_channels, init=NEARLY_ZERO, name="conv_out")(h)
         return h.astype(jnp.float32)
+
+
+def rounded_kernels(model: UNet, params: Any) -> Any:
+    """The parameters with kernels in the dtype of the computation, as every layer rounds them.
+
+    For loops, whose passes would each round them again; what they compute stays the same.
+    """
+    return jax.tree.map(lambda x: x.astype(model.dtype) if x.ndim > 1 else x, params)

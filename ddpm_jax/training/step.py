@@ -16,7 +16,7 @@ from ddpm_jax import keys, losses
 from ddpm_jax.data import random_flip, to_float
 from ddpm_jax.diffusion import Process
 from ddpm_jax.models import UNet
-from ddpm_jax.parallel import apart
+from ddpm_jax.parallel import apart, as_stored
 from ddpm_jax.training.state import (
     State,
     clip_factor,
@@ -169,9 +169,9 @@ def updated(
             lambda there, before: jnp.where(finite, there, before), new, (param, average, opt_state)
         )
 
-    # Behind a barrier, lest each leaf computes them again.
     scalars = clip_factor(task.train, norm), ema_decay(task.train, state.step), finite
-    scalars = jax.lax.optimization_barrier(scalars)
+    # Behind a barrier, lest each leaf computes them again.
+    grads, scalars = jax.lax.optimization_barrier((as_stored(grads), scalars))
     return State(state.step + 1, *map_leaves(of_leaf, grads, state, *scalars)), norm, finite
 
 

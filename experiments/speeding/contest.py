@@ -90,6 +90,7 @@ def specification(workload: Workload) -> dict[str, Any]:
         "weights": interop.WEIGHTS_FILE,
         "shape": shape,
         "batch": workload.batch,
+        "samples": config.sample.batch_size,
         "beta": np.asarray(make_schedule(config).beta, np.float64).tolist(),  # At 0..T.
         "num_steps": config.diffusion.num_steps,
         "flip": config.data.flip,

@@ -98,9 +98,9 @@ def _contest(network: str, results: Mapping[str, Any]) -> list[str]:
         row += [f"{one['memory'] / 2**30:.2f}", f"{one['cold']:.1f}", f"{one['warm']:.1f}"]
         rows.append(row)
     lines = [
-        f"**{network}**, batch {results['batch']}: {flops['train'] / 1e9:,.2f} GFLOP a "
-        f"training step by hand ({flops['train_xla'] / 1e9:,.2f} as XLA counts), "
-        f"{flops['sample'] / 1e9:,.2f} a sampling step",
+        f"**{network}**: a training step of {results['batch']} images, "
+        f"{flops['train'] / 1e9:,.2f} GFLOP by hand ({flops['train_xla'] / 1e9:,.2f} as XLA "
+        f"counts); a sampling step of {results['samples']}, {flops['sample'] / 1e9:,.2f}",
         "",
     ]
     lines += _table(head, rows)

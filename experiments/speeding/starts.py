@@ -13,15 +13,14 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from ddpm_jax import config as config_lib
 from experiments.speeding.server import WorkerError
-from experiments.speeding.workloads import NETWORKS
+from experiments.speeding.workloads import NETWORKS, Workload
 
 IMAGES = 256
 LIMIT = 600.0  # Seconds.
 
 
-def measure(network: str, say: Callable[[str], None]) -> dict[str, float]:
+def measure(network: str, on_accelerator: bool, say: Callable[[str], None]) -> dict[str, float]:
     """Seconds until the first line of metrics, with an empty compilation cache and with a full one.
 
     Raises:
@@ -29,7 +28,7 @@ def measure(network: str, say: Callable[[str], None]) -> dict[str, float]:
     """
     with tempfile.TemporaryDirectory() as directory:
         place = pathlib.Path(directory)
-        overrides = _images(network, place / "images")
+        overrides = _images(Workload.of(network, on_accelerator), place / "images")
         found = {}
         for kind in ("cold", "warm"):
             found[kind] = _first_step(network, overrides, place, place / kind)
@@ -37,12 +36,12 @@ def measure(network: str, say: Callable[[str], None]) -> dict[str, float]:
         return found
 
 
-def _images(network: str, folder: pathlib.Path) -> dict[str, object]:
+def _images(workload: Workload, folder: pathlib.Path) -> dict[str, object]:
     """Images of the network's size in a folder, and the overrides by which it trains on them."""
-    config = config_lib.load_file(NETWORKS[network][0])
+    config = workload.config
     size, draw = config.data.image_size, np.random.default_rng(0)
     overrides = {
-        "train.batch_size": NETWORKS[network][1],
+        "train.batch_size": workload.batch,
         "train.log_every": config.train.steps_per_call,
         "train.steps": 2 * config.train.steps_per_call,
         "train.checkpoint_every": 2 * config.train.steps_per_call,

@@ -197,7 +197,8 @@ class Peer:
     def sample(self, steps: int) -> float:
         """Seconds a step of a chain of so many, ancestral."""
         self.method.network.eval()
-        x = torch.randn(self.shape, device=DEVICE).contiguous(memory_format=self.format)
+        x = torch.randn(self.work["samples"], *self.shape[1:], device=DEVICE)
+        x = x.contiguous(memory_format=self.format)
         start = time.perf_counter()
         with torch.inference_mode(), self.autocast():
             for t in range(steps, 0, -1):
@@ -212,7 +213,7 @@ class Peer:
     def matrix(self, n: int, products: int) -> float:
         """FLOP/s of so many products of n × n matrices, one after another: the best of ten."""
         dtype = torch.bfloat16 if "bf16" in self.kind else torch.float32
-        a = torch.ones(n, n, device=DEVICE, dtype=dtype)
+        a = torch.randn(n, n, device=DEVICE, dtype=dtype)  # As in `ours`.
         seconds = []
         for _ in range(11):
             start = time.perf_counter()

@@ -17,11 +17,11 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.runs import image_shape
 from ddpm_jax.training.job import Job
 
-# Name → (config, batch on CPUs, batch on accelerators).
+# Name → (config, batch on CPUs; on accelerators images a training and a sampling step).
 NETWORKS = {
-    "digits": ("configs/digits.py", 64, 64),
-    "small": ("configs/cifar10.py:small", 64, 128),
-    "cifar10": ("configs/cifar10.py", 8, 128),
+    "digits": ("configs/digits.py", 64, (64, 64)),
+    "small": ("configs/cifar10.py:small", 64, (128, 256)),
+    "cifar10": ("configs/cifar10.py", 8, (128, 256)),
 }
 
 
@@ -31,13 +31,15 @@ class Workload:
 
     Attributes:
       network: of NETWORKS.
-      batch: images a training or sampling step.
+      batch: images a training step.
+      samples: images a sampling step; None: as many.
       dtype: of the computation.
       overrides: (dotted key, text) that change the config, for cost curves.
     """
 
     network: str
     batch: int
+    samples: int | None = None
     dtype: str = "float32"
     overrides: tuple[tuple[str, str], ...] = ()
 
@@ -45,7 +47,8 @@ class Workload:
     def config(self) -> ml_collections.ConfigDict:
         """The config, with this batch and dtype."""
         config = copy.deepcopy(config_lib.load_file(NETWORKS[self.network][0]))
-        config.train.batch_size = config.sample.batch_size = config.sample.count = self.batch
+        config.train.batch_size = self.batch
+        config.sample.batch_size = config.sample.count = self.samples or self.batch
         config.model.dtype = self.dtype
         for key, value in self.overrides:
             config_lib.override(config, key, value)
@@ -61,6 +64,13 @@ class Workload:
         content = json.loads(text)
         content["overrides"] = tuple(map(tuple, content["overrides"]))
         return cls(**content)
+
+    @classmethod
+    def of(cls, network: str, on_accelerator: bool) -> Workload:
+        """A network's, for this hardware."""
+        _, on_cpus, on_accelerators = NETWORKS[network]
+        batch, samples = on_accelerators if on_accelerator else (on_cpus, on_cpus)
+        return cls(network, batch, samples)
 
 
 def network_flops(job: Job) -> int:

@@ -81,12 +81,18 @@ def test_an_axis_of_seconds_spans_a_decade_at_least():
 
 
 def test_a_workload_comes_through_a_command_line():
-    one = Workload("digits", 16, "bfloat16", (("model.channels", "8"),))
+    one = Workload("digits", 16, 32, "bfloat16", (("model.channels", "8"),))
     again = Workload.from_json(one.to_json())
     assert again == one
     config = again.config
-    assert (config.train.batch_size, config.sample.batch_size) == (16, 16)
+    assert (config.train.batch_size, config.sample.batch_size) == (16, 32)
     assert (config.model.dtype, config.model.channels) == ("bfloat16", 8)
+
+
+def test_accelerators_draw_256_samples_of_the_paper_s_network():
+    on_cpus, on_accelerators = (Workload.of("cifar10", there) for there in (False, True))
+    assert (on_cpus.batch, on_cpus.samples) == (8, 8)
+    assert (on_accelerators.batch, on_accelerators.samples) == (128, 256)
 
 
 def result(name, loss, parameters=10, platform="cpu"):
@@ -168,6 +174,7 @@ def test_the_tables_name_what_was_measured():
         "networks": {
             "digits": {
                 "batch": 64,
+                "samples": 256,
                 "flops": {"train": 30e9, "train_xla": 25e9, "sample": 10e9},
                 "contestants": [vars(one), vars(other)],
             }
@@ -181,6 +188,7 @@ def test_the_tables_name_what_was_measured():
     }
     text = page.tables(json.loads(json.dumps(found)))
     (row,) = [line for line in text.splitlines() if line.startswith("| diffusers")]
+    assert "a training step of 64 images, 30.00 GFLOP" in text and "step of 256, 10.00" in text
     assert "| 1 (1–1) | 0.50 (0.50–0.50) |" in row and "30.0 (30% of 100)" in row
     assert "| digits | 20.0 | 4.0 |" in text and "| digits | 64 | on the device | 0.40% |" in text
     assert "| T | 300 | 3 s a chain | 3.00 | 0.50 |" in text
