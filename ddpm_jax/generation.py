@@ -24,7 +24,8 @@ from ddpm_jax.runs import Run, fingerprint, image_shape
 from ddpm_jax.training.metrics import NonFiniteError
 
 GRID_IMAGES = 64  # In each picture.
-VERSION = 1  # Raised when the same config and parameters would give other images.
+# Raised when the same config and parameters would give other images, rounding aside.
+VERSION = 1
 
 
 class Drawn(NamedTuple):
@@ -64,7 +65,7 @@ def compile_sampler(
 
     def sampler(seed: jax.Array, params: Any, indices: jax.Array) -> Drawn:
         example_keys = keys.example_keys(seed, "sample", 0, indices)
-        params = rounded_kernels(model, params)
+        params = rounded_kernels(model.dtype, params)
         drawn = sampling.sample(
             process,
             lambda x_t, t: model.apply({"params": params}, x_t, t),

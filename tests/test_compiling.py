@@ -5,6 +5,7 @@ import gc
 import platform
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -50,11 +51,17 @@ def test_by_jaxlib_0_11_wide_networks_have_settings_of_their_own(monkeypatch, ch
 
     images = jnp.ones((2, 8, 8, 3))
     program = parallel.network_jit(total)
-    assert program._program((params, images)) is (program.wide if wide else program.narrow)
-    assert program._program((images,)) is program.wide  # Nothing tells.
     want = total(params, images)
     np.testing.assert_allclose(program(params, images), want, rtol=1e-5)
-    np.testing.assert_allclose(program.lower(params, images).compile()(params, images), want)
+    compiled = program.lower(params, images).compile()
+    np.testing.assert_allclose(compiled(params, images), want, rtol=1e-5)
+
+    narrow, other = mock.Mock(), mock.Mock()
+    program = parallel._ByWidth(narrow, other)
+    chosen = other if wide else narrow
+    assert program(params, images) is chosen.return_value
+    assert program.lower(params, jax.eval_shape(lambda: images)) is chosen.lower.return_value
+    assert program(images) is other.return_value  # Nothing tells.
     with monkeypatch.context() as patched:
         patched.setattr(parallel.jax, "jit", lambda function, **how: how["compiler_options"])
         both = parallel.network_jit(len)

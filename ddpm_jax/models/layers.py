@@ -262,18 +262,18 @@ def group_norm(
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _group_norm_forward(x, scale, bias, groups, silu, shift):
-    # normal = (x − centre) · inverse, of which each channel's mean is off_centre · inverse.
+    # normal = (x − centre) · inverse; a channel's mean of it is off_centre · inverse.
     centre, off_centre, inverse = _group_statistics(x.astype(jnp.float32), shift, groups)
     u = _at_pixels(x, centre, inverse) * scale + bias
     out = u * jax.nn.sigmoid(u) if silu else u
-    means = None if shift is None else off_centre
-    return out.astype(x.dtype), (x, centre, inverse, scale, bias, means)
+    off_centre = None if shift is None else off_centre
+    return out.astype(x.dtype), (x, centre, inverse, scale, bias, off_centre)
 
 
 @functools.partial(apart, static_argnums=(0, 1))
 def _group_norm_backward(groups, silu, saved, g):
     saved, g = lax.optimization_barrier((saved, g))
-    x, centre, inverse, scale, bias, means = saved
+    x, centre, inverse, scale, bias, off_centre = saved
 
     def maps(x, g):
         normal = _at_pixels(x, centre, inverse)
@@ -295,23 +295,26 @@ def _group_norm_backward(groups, silu, saved, g):
     dx = du * scale - of_mean[:, None, None] - normal * of_deviation[:, None, None]
     dx *= inverse[:, None, None]
     d_shift = None
-    if means is not None:  # The sums of dx.
-        normals = pixels * means * inverse
+    if off_centre is not None:  # The sums of dx.
+        normals = pixels * off_centre * inverse
         d_shift = (d_bias * scale - pixels * of_mean - normals * of_deviation) * inverse
     return dx.astype(x.dtype), d_scale.sum(axis=0), d_bias.sum(axis=0), d_shift
 
 
 def _anew(*values):
-    """The values, from which accelerators compute again what they have computed before.
+    """The values, from which GPUs compute again what they have computed before.
 
-    There maps in float32 take longer to write and to read than those in bfloat16 to read twice,
-    and sums of sums are read from the maps once more unless something stands between them.
+    There a map in float32 takes longer to write and to read than what it is made of to read twice.
+    And a sum over a batch of sums over pixels would be taken from the map once more.
     """
 
     def barrier(*values):
         return lax.optimization_barrier(values)
 
-    return lax.platform_dependent(*values, cpu=lambda *values: values, default=barrier)
+    def unchanged(*values):
+        return values
+
+    return lax.platform_dependent(*values, cuda=barrier, rocm=barrier, default=unchanged)
 
 
 def _group_statistics(x, shift, groups):
@@ -345,7 +348,10 @@ group_norm.defvjp(_group_norm_forward, _group_norm_backward)
 
 
 class GroupNorm(nn.Module):
-    """`group_norm` over at most `groups` groups, as many as divide the channels."""
+    """`group_norm` over at most `groups` groups, as many as divide the channels.
+
+    Its `shift` is float32 [batch, channels].
+    """
 
     groups: int = 32
     silu: bool = False

@@ -172,9 +172,9 @@ class UNet(nn.Module):
         return h.astype(jnp.float32)
 
 
-def rounded_kernels(model: UNet, params: Any) -> Any:
-    """The parameters with kernels in the dtype of the computation, as every layer rounds them.
+def rounded_kernels(dtype: jnp.dtype, params: Any) -> Any:
+    """The parameters with kernels in the network's dtype, as every layer rounds them.
 
     For loops, whose passes would each round them again; what they compute stays the same.
     """
-    return jax.tree.map(lambda x: x.astype(model.dtype) if x.ndim > 1 else x, params)
+    return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)

@@ -170,7 +170,7 @@ def updated(
         )
 
     scalars = clip_factor(task.train, norm), ema_decay(task.train, state.step), finite
-    # Behind a barrier, lest each leaf computes them again.
+    # Behind a barrier, lest each leaf computes the scalars again, or has the gradients' layout.
     grads, scalars = jax.lax.optimization_barrier((as_stored(grads), scalars))
     return State(state.step + 1, *map_leaves(of_leaf, grads, state, *scalars)), norm, finite
 

@@ -70,9 +70,10 @@ class Ours:
         }
 
     def flops(self) -> dict[str, float]:
-        """Of a training step and of a pass through the network: by hand, and as XLA counts."""
-        once, per_image = network_flops(self.job), self._samples / self.config.train.batch_size
-        return {"train": 3 * once, "sample": once * per_image, "train_xla": step_flops(self.job)}
+        """Of a training and a sampling step: by hand, and as XLA counts."""
+        once = network_flops(self.job)
+        sample = once * self._samples // self.config.train.batch_size
+        return {"train": 3 * once, "sample": sample, "train_xla": step_flops(self.job)}
 
     def write_weights(self, directory: str) -> None:
         """Random weights in diffusers' form, none of them zero."""
@@ -127,7 +128,7 @@ class Ours:
         if not hasattr(self, "_passes"):
 
             def passes(params: Any, x: jax.Array, times: jax.Array) -> jax.Array:
-                params = rounded_kernels(model, params)
+                params = rounded_kernels(model.dtype, params)
 
                 def body(x: jax.Array, t: jax.Array) -> tuple[jax.Array, None]:
                     out = model.apply({"params": params}, x, jnp.full(x.shape[:1], t))

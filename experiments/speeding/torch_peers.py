@@ -119,7 +119,7 @@ class Peer:
             network.to(memory_format=torch.channels_last)
         self.format = torch.channels_last if "channels_last" in options else torch.contiguous_format
         if "compile" in options:
-            network.compile()
+            network.compile(dynamic=False)  # One program a shape, as ours are.
         self.autocast = contextlib.nullcontext
         if "bf16" in options:
             self.autocast = functools.partial(torch.autocast, DEVICE, dtype=torch.bfloat16)

@@ -19,6 +19,7 @@ from ddpm_jax.config import RequestError
 from ddpm_jax.data import open_source
 from ddpm_jax.evaluation import names
 from ddpm_jax.generation import GRID_IMAGES
+from ddpm_jax.models import rounded_kernels
 from ddpm_jax.parallel import compile_call
 from ddpm_jax.progress import duration
 from ddpm_jax.runs import image_shape
@@ -239,6 +240,8 @@ def _network_seconds(config: ml_collections.ConfigDict, job: Any, params: Any) -
     channels = image_shape(config)[-1]
 
     def several(params: Any, x: jax.Array) -> jax.Array:
+        params = rounded_kernels(job.task.model.dtype, params)
+
         def one(x: jax.Array, _: None) -> tuple[jax.Array, None]:
             return job.task.model.apply({"params": params}, x, t)[..., :channels], None
 

@@ -17,6 +17,7 @@ from ddpm_jax.training.job import make_job
 from experiments import speed
 from experiments.speeding import accelerators, contest, curves, page, workloads
 from experiments.speeding.contest import DifferentWorkError, Result
+from experiments.speeding.ours import Ours
 from experiments.speeding.server import Worker, WorkerError
 from experiments.speeding.workloads import Workload, matmul_flops
 
@@ -93,6 +94,18 @@ def test_accelerators_draw_256_samples_of_the_paper_s_network():
     on_cpus, on_accelerators = (Workload.of("cifar10", there) for there in (False, True))
     assert (on_cpus.batch, on_cpus.samples) == (8, 8)
     assert (on_accelerators.batch, on_accelerators.samples) == (128, 256)
+
+
+def test_samples_are_as_many_as_the_workload_says():
+    workload = Workload("digits", 2, 6, overrides=(("model.channels", "8"),))
+    ours = Ours(workload)
+    flops = ours.flops()
+    assert flops["sample"] == flops["train"] == 3 * workloads.network_flops(ours.job)
+    assert contest.specification(workload)["samples"] == 6
+    drawn = []
+    ours._samplers[1] = lambda params, indices: drawn.append(len(indices))
+    ours.sample(1)
+    assert drawn == [6]
 
 
 def result(name, loss, parameters=10, platform="cpu"):
