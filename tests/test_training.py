@@ -264,7 +264,7 @@ def test_two_hosts_train_and_sample_as_one(whole, tmp_path):
 def test_a_host_that_cannot_save_ends_both_and_the_slow_one_is_named(tmp_path):
     settings = {"train__checkpoint_every": 5, "parallel__mode": "fsdp"}
     processes = start_hosts(tmp_path / "run", code=FULL, **settings)
-    outputs = [process.communicate(timeout=120) for process in processes]
+    outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [1, 1], outputs
     wanted = f"cannot write a checkpoint under {tmp_path}/run/checkpoints ("
     assert f"error: {wanted}" in outputs[1][1]
@@ -276,7 +276,7 @@ def test_a_host_that_cannot_save_ends_both_and_the_slow_one_is_named(tmp_path):
 
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused(tmp_path):
     process = start(arguments(tmp_path), devices=3)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 2
     assert "train.batch_size=8 does not divide by 3: 3 devices" in errors
     assert not (tmp_path / "config.json").exists()

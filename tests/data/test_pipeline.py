@@ -266,7 +266,7 @@ def test_two_processes_equal_one(tmp_path):
         for i in range(2)
     ]
     for run in runs:
-        _, errors = run.communicate(timeout=120)
+        _, errors = run.communicate(timeout=300)
         assert run.returncode == 0, errors
     for resident in (True, False):
         halves = [np.load(tmp_path / f"{i} {resident}.npy") for i in range(2)]

@@ -37,7 +37,8 @@ def toy_study(tmp_path, denoiser, process, flags=None, **sample):
     settings = {"data.image_size": 8, "data.channels": 1, "diffusion.num_steps": 12}
     for key, value in {**settings, **{f"sample.{k}": v for k, v in sample.items()}}.items():
         override(config, key, value)
-    model = SimpleNamespace(apply=lambda variables, x, t: denoiser(x, t))
+    network = lambda variables, x, t: denoiser(x, t)  # noqa: E731
+    model = SimpleNamespace(apply=network, dtype=jnp.float32)
     run = runs.Run(config, process, model, {}, 1, make_layout("jit"))
     directory = runs.RunDirectory.of(tmp_path)
     return Study("toy", run, directory, argparse.Namespace(**(flags or {})), lambda line: None)
