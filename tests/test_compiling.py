@@ -45,6 +45,7 @@ def test_by_jaxlib_0_11_wide_networks_have_settings_of_their_own(monkeypatch, ch
     monkeypatch.setenv("XLA_FLAGS", "")
     kernel = jnp.ones((3, 3, channels, channels))
     params = {"in": kernel[:, :, :3], "middle": kernel, "dense": jnp.ones((512, 512))}
+    params["out"] = jnp.ones((3, 3, 512, 3))
 
     def total(params, x):
         return sum(leaf.sum() for leaf in jax.tree.leaves(params)) + x.sum()
