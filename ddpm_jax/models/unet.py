@@ -173,7 +173,7 @@ class UNet(nn.Module):
 
 
 def rounded_kernels(dtype: jnp.dtype, params: Any) -> Any:
-    """The parameters with kernels in the network's dtype, as every layer rounds them.
+    """The parameters with kernels, all that has two axes or more, rounded as every layer does.
 
     For loops, whose passes would each round them again; what they compute stays the same.
     """
