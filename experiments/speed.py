@@ -85,8 +85,9 @@ def measure(
         if tuple(parts) == PARTS and network != "digits" and not on_accelerator:
             asked.remove("chain")
             say(f"{network}: a whole chain takes long here; ask for it with --only=chain")
-        if asked:
-            results, flops = contest.compete(workload, names, asked, rounds, say)
+        if not asked:
+            continue
+        for results, flops in contest.compete(workload, names, asked, rounds, say):
             found["networks"][network] = {
                 "batch": workload.batch,
                 "samples": workload.samples,

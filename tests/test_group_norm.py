@@ -12,7 +12,7 @@ from ddpm_jax.models import layers
 
 
 def as_written(groups, silu, x, scale, bias, shift=None):
-    """The norm of x + shift, then SiLU, without anything that saves time or memory."""
+    """The norm of x + shift, then SiLU, without what saves time or memory."""
     x = x if shift is None else x + shift[:, None, None]
     grouped = x.reshape(len(x), -1, groups, x.shape[-1] // groups)
     centred = grouped - grouped.mean(axis=(1, 3), keepdims=True)
@@ -71,7 +71,7 @@ def test_group_norm_of_a_shifted_map_in_float64(channels, groups, offset, silu):
     g = rng.normal(size=shape).astype("f4")
 
     def shifted(x, scale, bias, shift):
-        return layers.group_norm(x, scale, bias, groups, silu, shift)
+        return layers.group_norm(x, scale, bias, groups, silu, 0.0, shift)
 
     plain = functools.partial(as_written, groups, silu)
     got, pull = jax.vjp(shifted, x, scale, bias, shift)
@@ -86,6 +86,51 @@ def test_group_norm_of_a_shifted_map_in_float64(channels, groups, offset, silu):
     # Sums over 20 pixels of what is itself as large as the gradient of x.
     largest = 20 * np.abs(exact[0]).max()
     np.testing.assert_allclose(d_shift, exact[3], atol=largest * (5e-4 if offset else 5e-6))
+
+
+@pytest.mark.parametrize("silu", [False, True])
+def test_group_norm_and_dropout_in_float64(silu):
+    """What is dropped has no part in any gradient; what stays is divided by the share that does."""
+    draw = np.random.default_rng(0)
+    shape, rate = (2, 5, 4, 8), 0.3
+    x, g = draw.normal(size=(2, *shape)).astype("f4")
+    scale, bias = draw.normal(size=(2, 8)).astype("f4")
+    shift = draw.normal(size=(2, 8)).astype("f4")
+    keep = draw.random(shape) >= rate
+
+    def ours(x, scale, bias, shift):
+        return layers.group_norm(x, scale, bias, 4, silu, rate, shift, keep)
+
+    def plain(*arguments):
+        return keep * as_written(4, silu, *arguments) / (1 - rate)
+
+    got, pull = jax.vjp(ours, x, scale, bias, shift)
+    with jax.enable_x64(True):
+        want, exact = jax.vjp(plain, *(jnp.float64(a) for a in (x, scale, bias, shift)))
+        want = [np.asarray(a) for a in (want, *exact(jnp.float64(g)))]
+    for mine, wide in zip((got, *pull(g)), want, strict=True):
+        np.testing.assert_allclose(mine, wide, atol=1e-5 * np.abs(wide).max())
+    np.testing.assert_array_equal(got == 0, ~keep)
+
+
+@pytest.mark.parametrize("sums", [layers.pixel_sums_of_both, layers.sums_by_rows])
+def test_sums_of_two_maps(sums):
+    a, b = np.random.default_rng(0).normal(size=(2, 3, 7, 5, 6)).astype("f4")
+    for got, x in zip(sums(a, b), (a, b), strict=True):
+        np.testing.assert_allclose(got, x.astype("f8").sum(axis=(1, 2)), atol=1e-5)
+
+
+def test_gpus_sum_both_maps_together_along_rows():
+    """Else XLA writes out, in float32, the map that the two are made of."""
+    x = jax.ShapeDtypeStruct((2, 8, 16, 4), jnp.float32)
+
+    def reductions(platform):
+        traced = jax.jit(layers.pixel_sums_of_both).trace(x, x)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        return re.findall(r"across dimensions = (\[.*?\])", text)
+
+    assert reductions("cuda") == reductions("rocm") == ["[2]", "[1]"]
+    assert set(reductions("tpu")) == {"[1, 2]"}
 
 
 def test_gpus_compute_the_norm_s_maps_again_and_others_do_not():
@@ -114,7 +159,7 @@ def test_group_norm_of_bfloat16_has_float32_statistics():
     ones, shift = jnp.ones(8), jnp.float32(draw.normal(size=(2, 8)))
 
     def shifted(x, scale, bias, shift):
-        return layers.group_norm(x, scale, bias, 4, True, shift)
+        return layers.group_norm(x, scale, bias, 4, True, 0.0, shift)
 
     got, pull = jax.vjp(shifted, x, ones, ones, shift)
     want, exact = jax.vjp(shifted, jnp.float32(x), ones, ones, shift)

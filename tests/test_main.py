@@ -2,10 +2,13 @@
 
 import re
 
+import jax
+import numpy as np
 import pytest
 from runs_for_tests import ROOT, arguments, start, train
 
 from ddpm_jax.main import main
+from ddpm_jax.training import check
 
 DIGITS = f"--config={ROOT}/configs/digits.py"
 
@@ -107,6 +110,24 @@ def test_check_counts_the_work_of_a_step_whatever_the_loops(tmp_path, capsys):
         return float(re.search(r"([\d.]+) GFLOP", capsys.readouterr().out)[1])
 
     assert flops() == flops(train__steps_per_call=5, parallel__microbatches=4) > 0
+
+
+def test_the_work_of_a_step_is_counted_on_a_cpu_whatever_else_there_is(monkeypatch):
+    """Lowered for a GPU or a TPU no program says what it costs: it is None there."""
+
+    class Lowered:
+        def cost_analysis(self):
+            on = jax.config.jax_default_device
+            return {"flops": 7.0} if on is not None and on.platform == "cpu" else None
+
+    monkeypatch.setattr(check, "lowered_step", lambda job: Lowered())
+    assert check.step_flops(None) == 7.0
+
+    def without_cpus(backend=None):
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    monkeypatch.setattr(jax, "local_devices", without_cpus)
+    assert np.isnan(check.step_flops(None))
 
 
 def test_check_warns_of_a_chain_that_does_not_reach_noise(tmp_path, capsys):

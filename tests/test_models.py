@@ -267,15 +267,14 @@ def test_stride_two_is_padded_as_tensorflows_same():
 
 def test_dropout_keeps_the_mean_and_draws_each_example_from_its_own_key():
     keys = jax.random.split(jax.random.key(0), 4)
-    x = jnp.ones((4, 31, 33, 3))
-    out = layers.dropout(x, 0.3, keys)
-    n = out.size
-    dropped = float((out == 0).mean())
-    assert abs(dropped - 0.3) < 4 * np.sqrt(0.3 * 0.7 / n)
-    np.testing.assert_allclose(out[out != 0], 1 / 0.7, rtol=1e-6)
-    alone = layers.dropout(x[2:3], 0.3, keys[2:3])
-    np.testing.assert_array_equal(alone[0], out[2])
-    assert np.any(np.asarray(out[0]) != np.asarray(out[1]))
+    keep = layers.dropout_mask(keys, 0.3, (31, 33, 3))
+    assert keep.shape == (4, 31, 33, 3)
+    assert abs(float(keep.mean()) - 0.7) < 4 * np.sqrt(0.3 * 0.7 / keep.size)
+    out = layers.dropped(jnp.ones(keep.shape), keep, 0.3)
+    np.testing.assert_allclose(out, np.where(keep, 1 / 0.7, 0), rtol=1e-6)
+    alone = layers.dropout_mask(keys[2:3], 0.3, (31, 33, 3))
+    np.testing.assert_array_equal(alone[0], keep[2])
+    assert np.any(np.asarray(keep[0]) != np.asarray(keep[1]))
 
 
 def test_dropout_masks_differ_between_blocks_and_need_keys():
@@ -283,14 +282,14 @@ def test_dropout_masks_differ_between_blocks_and_need_keys():
     params = randomised(shapes(model, 8))
     x, t = jnp.ones((2, 8, 8, 3)), jnp.array([3, 3])
     seen = []
-    original = layers.dropout
+    original = layers.dropout_mask
 
-    def spy(x, rate, keys):
+    def spy(keys, rate, shape):
         jax.debug.callback(seen.append, jax.random.key_data(keys))
-        return original(x, rate, keys)
+        return original(keys, rate, shape)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ddpm_jax.models.unet.dropout", spy)
+        patch.setattr(layers, "dropout_mask", spy)
         plain = apply(model, params, x, t)
         assert not seen
         noisy = apply(model, params, x, t, jax.random.split(jax.random.key(1), 2))

@@ -38,25 +38,32 @@ def timestep_embedding(position: jax.Array, dim: int) -> jax.Array:
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def dropout(x: jax.Array, rate: float, keys: jax.Array) -> jax.Array:
-    """x with a share `rate` of its entries set to 0 and the others divided by 1 − rate.
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def dropout_mask(keys: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
+    """Which entries stay where a share `rate` of them is dropped: bool [batch, *shape].
 
     Example i's mask depends on keys[i] alone. 16 random bits an entry: the rate is rounded to
     a multiple of 2^−16.
 
     Args:
-      x: [batch, ...].
       keys: [batch].
     """
-    size = math.prod(x.shape[1:])
+    size = math.prod(shape)
 
     def mask(key: jax.Array) -> jax.Array:
         words = jax.random.bits(key, ((size + 1) // 2,), jnp.uint32)
         halves = lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:size]
-        return (halves >= round(rate * 2**16)).reshape(x.shape[1:])
+        return (halves >= round(rate * 2**16)).reshape(shape)
 
-    return jnp.where(jax.vmap(mask)(keys), x / (1 - rate), 0)
+    return jax.vmap(mask)(keys)
+
+
+def dropped(x: jax.Array, keep: jax.Array | None, rate: float) -> jax.Array:
+    """x where the mask says so, over 1 − rate, and else 0; x itself if there is no mask.
+
+    Srivastava et al. 2014 (JMLR 15:1929), section 10: it is the mean over masks that is kept.
+    """
+    return x if keep is None else jnp.where(keep, x / (1 - rate), 0)
 
 
 @jax.jit
@@ -81,6 +88,30 @@ def pixel_sums(x: jax.Array) -> jax.Array:
 
     x = x.astype(jnp.float32)
     return lax.platform_dependent(x, cpu=by_product, default=by_reduction)
+
+
+@jax.jit
+def pixel_sums_of_both(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`pixel_sums` of two maps, float32, that are made of the same; on GPUs `sums_by_rows`."""
+
+    def each(a, b):
+        return pixel_sums(a), pixel_sums(b)
+
+    return lax.platform_dependent(a, b, cuda=sums_by_rows, rocm=sums_by_rows, default=each)
+
+
+def sums_by_rows(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The sums of both over all pixels in one pass, along rows and then over these.
+
+    Of large maps one sum over all pixels has so few results that XLA would rather write out what
+    both maps are made of than compute it within the sum.
+    """
+
+    def added(x, y):
+        return x[0] + y[0], x[1] + y[1]
+
+    zeros = jnp.float32(0), jnp.float32(0)
+    return tuple(lax.reduce(lax.reduce((a, b), zeros, added, (2,)), zeros, added, (1,)))
 
 
 @jax.custom_vjp
@@ -235,14 +266,16 @@ class Dense(nn.Module):
         return add_to_pixels(x, jnp.broadcast_to(bias, (x.shape[0], self.features)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def group_norm(
     x: jax.Array,
     scale: jax.Array,
     bias: jax.Array,
     groups: int,
-    silu: bool,
+    silu: bool = False,
+    rate: float = 0.0,
     shift: jax.Array | None = None,
+    keep: jax.Array | None = None,
 ) -> jax.Array:
     """x + shift normalised over each group's pixels and channels, times scale, plus bias; SiLU.
 
@@ -256,38 +289,41 @@ def group_norm(
       silu: whether u is followed by u · sigmoid(u).
       shift: float32 [batch, channels], the same at all pixels; None: 0. It moves the means alone,
         so that neither x + shift nor its gradient is a map of its own.
+      keep: what dropout of this rate leaves of the output, bool as x; None: all of it. Here for
+        the same reason.
     """
-    return _group_norm_forward(x, scale, bias, groups, silu, shift)[0]
+    return _group_norm_forward(x, scale, bias, groups, silu, rate, shift, keep)[0]
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _group_norm_forward(x, scale, bias, groups, silu, shift):
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _group_norm_forward(x, scale, bias, groups, silu, rate, shift, keep):
     # normal = (x − centre) · inverse; a channel's mean of it is off_centre · inverse.
     centre, off_centre, inverse = _group_statistics(x.astype(jnp.float32), shift, groups)
     u = _at_pixels(x, centre, inverse) * scale + bias
     out = u * jax.nn.sigmoid(u) if silu else u
+    out = dropped(out, keep, rate)
     off_centre = None if shift is None else off_centre
-    return out.astype(x.dtype), (x, centre, inverse, scale, bias, off_centre)
+    return out.astype(x.dtype), (x, centre, inverse, scale, bias, off_centre, keep)
 
 
-@functools.partial(apart, static_argnums=(0, 1))
-def _group_norm_backward(groups, silu, saved, g):
+@functools.partial(apart, static_argnums=(0, 1, 2))
+def _group_norm_backward(groups, silu, rate, saved, g):
     saved, g = lax.optimization_barrier((saved, g))
-    x, centre, inverse, scale, bias, off_centre = saved
+    x, centre, inverse, scale, bias, off_centre, keep = saved
 
-    def maps(x, g):
+    def maps(x, g, keep):
         normal = _at_pixels(x, centre, inverse)
-        du = g.astype(jnp.float32)
+        du = dropped(g.astype(jnp.float32), keep, rate)
         if silu:
             u = normal * scale + bias
             sigmoid = jax.nn.sigmoid(u)
             du *= sigmoid * (1 + u * (1 - sigmoid))
         return normal, du
 
-    normal, du = maps(x, g)
-    d_bias, d_scale = pixel_sums(du), pixel_sums(du * normal)
+    normal, du = maps(x, g, keep)
+    d_bias, d_scale = pixel_sums_of_both(du, du * normal)
     x, g, d_bias, d_scale = _anew(x, g, d_bias, d_scale)
-    normal, du = maps(x, g)
+    normal, du = maps(x, g, keep)
     # What moves the group's mean and its standard deviation moves no output.
     pixels = x.shape[1] * x.shape[2]
     of_mean = _group_means(d_bias * scale, groups) / pixels
@@ -298,7 +334,7 @@ def _group_norm_backward(groups, silu, saved, g):
     if off_centre is not None:  # The sums of dx.
         normals = pixels * off_centre * inverse
         d_shift = (d_bias * scale - pixels * of_mean - normals * of_deviation) * inverse
-    return dx.astype(x.dtype), d_scale.sum(axis=0), d_bias.sum(axis=0), d_shift
+    return dx.astype(x.dtype), d_scale.sum(axis=0), d_bias.sum(axis=0), d_shift, None
 
 
 def _anew(*values):
@@ -348,22 +384,30 @@ group_norm.defvjp(_group_norm_forward, _group_norm_backward)
 
 
 class GroupNorm(nn.Module):
-    """`group_norm` over at most `groups` groups, as many as divide the channels.
+    """`group_norm` over at most `groups` groups, as many as divide the channels; then dropout.
 
-    Its `shift` is float32 [batch, channels].
+    Attributes:
+      rate: of dropout, where there are `keys` [batch] for it.
     """
 
     groups: int = 32
     silu: bool = False
     dtype: jnp.dtype = jnp.float32
+    rate: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, shift: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, shift: jax.Array | None = None, keys: jax.Array | None = None
+    ) -> jax.Array:
         channels = x.shape[-1]
         scale = _parameter(self, "scale", nn.initializers.ones, (channels,))
         bias = _parameter(self, "bias", nn.initializers.zeros, (channels,))
         groups = math.gcd(self.groups, channels)
-        return group_norm(x.astype(self.dtype), scale, bias, groups, self.silu, shift)
+        keep = None
+        if keys is not None and self.rate:
+            keep = dropout_mask(keys, self.rate, x.shape[1:])
+        x = x.astype(self.dtype)
+        return group_norm(x, scale, bias, groups, self.silu, self.rate, shift, keep)
 
 
 @jax.jit

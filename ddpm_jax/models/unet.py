@@ -15,7 +15,6 @@ from ddpm_jax.models.layers import (
     Dense,
     GroupNorm,
     dot_product_attention,
-    dropout,
     timestep_embedding,
     upsample,
 )
@@ -33,12 +32,11 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, temb: jax.Array, keys: jax.Array | None) -> jax.Array:
         conv = functools.partial(Conv, dtype=self.dtype, winograd=self.winograd)
-        h = GroupNorm(self.norm_groups, silu=True, dtype=self.dtype, name="norm_0")(x)
+        norm = functools.partial(GroupNorm, self.norm_groups, silu=True, dtype=self.dtype)
+        h = norm(name="norm_0")(x)
         h, bias = conv(self.features, bias_apart=True, name="conv_0")(h)
         shift = Dense(self.features, dtype=self.dtype, name="time")(nn.silu(temb)) + bias
-        h = GroupNorm(self.norm_groups, silu=True, dtype=self.dtype, name="norm_1")(h, shift)
-        if keys is not None and self.dropout:
-            h = dropout(h, self.dropout, keys)
+        h = norm(rate=self.dropout, name="norm_1")(h, shift, keys)
         h = conv(self.features, init=NEARLY_ZERO, name="conv_1")(h)
         if x.shape[-1] != self.features:
             x = Dense(self.features, dtype=self.dtype, name="shortcut")(x)

@@ -68,8 +68,16 @@ def lowered_step(job: Job) -> jax.stages.Lowered:
 
 
 def step_flops(job: Job) -> float:
-    """The floating-point operations of `lowered_step`, before the compiler's optimisations."""
-    return lowered_step(job).cost_analysis()["flops"]
+    """The floating-point operations of `lowered_step`, before the compiler's optimisations.
+
+    JAX counts them on CPUs alone; NaN where JAX_PLATFORMS leaves these out.
+    """
+    try:
+        counting = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return math.nan
+    with jax.default_device(counting):
+        return lowered_step(job).cost_analysis()["flops"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import json
 import pathlib
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -133,15 +133,16 @@ def compete(
     what: Iterable[str],
     rounds: int,
     say: Callable[[str], None],
-) -> tuple[list[Result], dict[str, float]]:
+) -> Iterator[tuple[list[Result], dict[str, float]]]:
     """Measures contestants in turn, in another order each round.
 
     Args:
       names: of contestants, ours among them.
       what: of train, sample, chain.
       say: prints a line; peers that cannot run are named, and left out.
-    Returns:
-      The results, and our work's FLOPs of a training and a sampling step.
+    Yields:
+      The results so far, after each of `what`, and our work's FLOPs of a training and a sampling
+      step.
     Raises:
       DifferentWorkError: losses at equal weights and inputs differ.
       WorkerError: ours cannot run, or a contestant ended among the rounds.
@@ -167,10 +168,10 @@ def compete(
             check_equal_work(results.values())
             for job in what:
                 _rounds(job, workload, workers, results, rounds, say)
+                yield list(results.values()), flops
         finally:
             for worker in workers.values():
                 worker.close()
-    return list(results.values()), flops
 
 
 def _started(name: str, workload: Workload, place: pathlib.Path) -> tuple[Worker, Result]:

@@ -227,16 +227,16 @@ def test_bad_requests_are_one_line(flag, message, capsys, monkeypatch):
     assert message in error and error.count("\n") == 1
 
 
-def test_what_was_measured_is_kept_when_a_contestant_ends(tmp_path, capsys, monkeypatch):
+def test_what_was_measured_before_a_contestant_ended_is_kept(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(speed, "default_backend", lambda: "cpu")
     one = result("ours", 1.0)
     one.train, one.matrix = [0.5], [1e9]
     flops = {"train": 1e9, "train_xla": 1e9, "sample": 1e9}
 
     def compete(workload, *rest):
+        yield [one], flops
         if workload.network == "small":
             raise WorkerError("out of memory")
-        return [one], flops
 
     monkeypatch.setattr(contest, "compete", compete)
     flags = ["--only=train", "--networks=digits,small,cifar10", f"--out={tmp_path}"]
@@ -244,8 +244,9 @@ def test_what_was_measured_is_kept_when_a_contestant_ends(tmp_path, capsys, monk
     error = capsys.readouterr().err
     assert error == f"error: out of memory; what was measured before is in {tmp_path}\n"
     found = json.loads((tmp_path / "speed.json").read_text())
-    assert found["networks"]["digits"]["contestants"][0]["train"] == [0.5]
-    assert "**digits**" in (tmp_path / "speed.md").read_text()
+    assert [*found["networks"]] == ["digits", "small"]
+    assert found["networks"]["small"]["contestants"][0]["train"] == [0.5]
+    assert "**small**" in (tmp_path / "speed.md").read_text()
 
 
 @pytest.mark.long
