@@ -96,6 +96,12 @@ def test_accelerators_draw_256_samples_of_the_paper_s_network():
     assert (on_accelerators.batch, on_accelerators.samples) == (128, 256)
 
 
+def test_accelerators_take_the_small_network_s_batch_at_once():
+    """Its config deals it in microbatches, for the caches of CPUs."""
+    parts = [Workload.of("small", there).config.parallel.microbatches for there in (False, True)]
+    assert parts == [4, 1]
+
+
 def test_samples_are_as_many_as_the_workload_says():
     workload = Workload("digits", 2, 6, overrides=(("model.channels", "8"),))
     ours = Ours(workload)
