@@ -153,13 +153,17 @@ def test_gpus_compute_the_norm_s_maps_again_and_others_do_not():
 
 
 def test_group_norm_of_bfloat16_has_float32_statistics():
-    """With a shift as float32 as they are; all but the map and its gradient stays so."""
+    """With a shift as float32 as they are; all but the map and its gradient stays so.
+
+    So with dropout, which rounds no more than once.
+    """
     draw = np.random.default_rng(0)
     x = jnp.bfloat16(draw.normal(size=(2, 16, 16, 8)) + 30)
     ones, shift = jnp.ones(8), jnp.float32(draw.normal(size=(2, 8)))
+    keep = draw.random(x.shape) >= 0.3
 
     def shifted(x, scale, bias, shift):
-        return layers.group_norm(x, scale, bias, 4, True, 0.0, shift)
+        return layers.group_norm(x, scale, bias, 4, True, 0.3, shift, keep)
 
     got, pull = jax.vjp(shifted, x, ones, ones, shift)
     want, exact = jax.vjp(shifted, jnp.float32(x), ones, ones, shift)

@@ -270,7 +270,7 @@ def test_dropout_keeps_the_mean_and_draws_each_example_from_its_own_key():
     keep = layers.dropout_mask(keys, 0.3, (31, 33, 3))
     assert keep.shape == (4, 31, 33, 3)
     assert abs(float(keep.mean()) - 0.7) < 4 * np.sqrt(0.3 * 0.7 / keep.size)
-    out = layers.dropped(jnp.ones(keep.shape), keep, 0.3)
+    out = layers.kept(jnp.ones(keep.shape), keep, 0.3)
     np.testing.assert_allclose(out, np.where(keep, 1 / 0.7, 0), rtol=1e-6)
     alone = layers.dropout_mask(keys[2:3], 0.3, (31, 33, 3))
     np.testing.assert_array_equal(alone[0], keep[2])

@@ -58,10 +58,10 @@ def dropout_mask(keys: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Ar
     return jax.vmap(mask)(keys)
 
 
-def dropped(x: jax.Array, keep: jax.Array | None, rate: float) -> jax.Array:
-    """x where the mask says so, over 1 − rate, and else 0; x itself if there is no mask.
+def kept(x: jax.Array, keep: jax.Array | None, rate: float) -> jax.Array:
+    """x / (1 − rate) where `keep`, bool of x's shape, is true, else 0; x itself where it is None.
 
-    Srivastava et al. 2014 (JMLR 15:1929), section 10: it is the mean over masks that is kept.
+    Dropout (Srivastava et al. 2014, JMLR 15:1929), with the mean over masks left as it is.
     """
     return x if keep is None else jnp.where(keep, x / (1 - rate), 0)
 
@@ -92,7 +92,7 @@ def pixel_sums(x: jax.Array) -> jax.Array:
 
 @jax.jit
 def pixel_sums_of_both(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`pixel_sums` of two maps, float32, that are made of the same; on GPUs `sums_by_rows`."""
+    """`pixel_sums` of two float32 maps that are made of the same; on GPUs `sums_by_rows`."""
 
     def each(a, b):
         return pixel_sums(a), pixel_sums(b)
@@ -103,8 +103,9 @@ def pixel_sums_of_both(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array
 def sums_by_rows(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The sums of both over all pixels in one pass, along rows and then over these.
 
-    Of large maps one sum over all pixels has so few results that XLA would rather write out what
-    both maps are made of than compute it within the sum.
+    Float32 [batch, channels] of float32 maps [batch, h, w, channels]. Of large maps one sum over
+    all pixels has so few results that XLA would rather write out what both maps are made of than
+    compute it within the sum.
     """
 
     def added(x, y):
@@ -272,25 +273,26 @@ def group_norm(
     scale: jax.Array,
     bias: jax.Array,
     groups: int,
-    silu: bool = False,
+    silu: bool,
     rate: float = 0.0,
     shift: jax.Array | None = None,
     keep: jax.Array | None = None,
 ) -> jax.Array:
-    """x + shift normalised over each group's pixels and channels, times scale, plus bias; SiLU.
+    """x + shift normalised over a group's pixels and channels, scale, bias, SiLU, dropout.
 
     Wu and He 2018 (arXiv:1803.08494), equations 1, 2 and 7; ε is 1e-6 (TensorFlow's). The way back
-    keeps x and the statistics, and computes the rest again. Reverse mode only: no jvp.
+    keeps x, the statistics and the mask, and computes the rest again. Reverse mode only: no jvp.
 
     Args:
       x: [batch, h, w, channels], of any floating type; statistics are float32.
       scale: float32 [channels]; so is bias.
       groups: as many as divide the channels.
       silu: whether u is followed by u · sigmoid(u).
+      rate: of dropout, in [0, 1); without `keep` it does nothing.
       shift: float32 [batch, channels], the same at all pixels; None: 0. It moves the means alone,
         so that neither x + shift nor its gradient is a map of its own.
-      keep: what dropout of this rate leaves of the output, bool as x; None: all of it. Here for
-        the same reason.
+      keep: bool of x's shape, which outputs stay, over 1 − rate; the others are 0. None: all stay
+        as they are. Within the norm dropout's way back is no pass of its own.
     """
     return _group_norm_forward(x, scale, bias, groups, silu, rate, shift, keep)[0]
 
@@ -301,7 +303,7 @@ def _group_norm_forward(x, scale, bias, groups, silu, rate, shift, keep):
     centre, off_centre, inverse = _group_statistics(x.astype(jnp.float32), shift, groups)
     u = _at_pixels(x, centre, inverse) * scale + bias
     out = u * jax.nn.sigmoid(u) if silu else u
-    out = dropped(out, keep, rate)
+    out = kept(out, keep, rate)
     off_centre = None if shift is None else off_centre
     return out.astype(x.dtype), (x, centre, inverse, scale, bias, off_centre, keep)
 
@@ -311,19 +313,19 @@ def _group_norm_backward(groups, silu, rate, saved, g):
     saved, g = lax.optimization_barrier((saved, g))
     x, centre, inverse, scale, bias, off_centre, keep = saved
 
-    def maps(x, g, keep):
+    def maps(x, g):
         normal = _at_pixels(x, centre, inverse)
-        du = dropped(g.astype(jnp.float32), keep, rate)
+        du = kept(g.astype(jnp.float32), keep, rate)
         if silu:
             u = normal * scale + bias
             sigmoid = jax.nn.sigmoid(u)
             du *= sigmoid * (1 + u * (1 - sigmoid))
         return normal, du
 
-    normal, du = maps(x, g, keep)
+    normal, du = maps(x, g)
     d_bias, d_scale = pixel_sums_of_both(du, du * normal)
     x, g, d_bias, d_scale = _anew(x, g, d_bias, d_scale)
-    normal, du = maps(x, g, keep)
+    normal, du = maps(x, g)
     # What moves the group's mean and its standard deviation moves no output.
     pixels = x.shape[1] * x.shape[2]
     of_mean = _group_means(d_bias * scale, groups) / pixels
@@ -386,8 +388,10 @@ group_norm.defvjp(_group_norm_forward, _group_norm_backward)
 class GroupNorm(nn.Module):
     """`group_norm` over at most `groups` groups, as many as divide the channels; then dropout.
 
+    Its `shift` is float32 [batch, channels], its `keys` [batch] are those of dropout, if any.
+
     Attributes:
-      rate: of dropout, where there are `keys` [batch] for it.
+      rate: of dropout, where there are keys for it.
     """
 
     groups: int = 32

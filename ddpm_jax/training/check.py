@@ -127,10 +127,11 @@ def _bytes_a_device(tree: Any) -> int:
 
 def _cost_lines(job: Job) -> list[str]:
     batch = list(job.images.shape)
-    needs = memory(job)
+    needs, flops = memory(job), step_flops(job)
+    counted = "no CPU to count FLOPs on" if math.isnan(flops) else f"{flops / 1e9:,.2f} GFLOP"
     return [
         f"batch: uint8 {batch}, split over {job.layout.num_devices} devices",
         f"state: {_bytes_a_device(job.abstract) / 2**20:,.1f} MiB a device",
-        f"step: {step_flops(job) / 1e9:,.2f} GFLOP, on all devices together",
+        f"step: {counted}, on all devices together",
         f"step: {needs.temporary / 2**20:,.1f} MiB of temporary memory a device",
     ]

@@ -69,11 +69,8 @@ class Workload:
     def of(cls, network: str, on_accelerator: bool) -> Workload:
         """A network's, for this hardware."""
         _, on_cpus, on_accelerators = NETWORKS[network]
-        if not on_accelerator:
-            return cls(network, on_cpus, on_cpus)
-        # Microbatches suit the caches of CPUs.
-        at_once = (("parallel.microbatches", "1"),)
-        return cls(network, *on_accelerators, overrides=at_once)
+        batch, samples = on_accelerators if on_accelerator else (on_cpus, on_cpus)
+        return cls(network, batch, samples)
 
 
 def network_flops(job: Job) -> int:

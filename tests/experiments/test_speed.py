@@ -96,12 +96,6 @@ def test_accelerators_draw_256_samples_of_the_paper_s_network():
     assert (on_accelerators.batch, on_accelerators.samples) == (128, 256)
 
 
-def test_accelerators_take_the_small_network_s_batch_at_once():
-    """Its config deals it in microbatches, for the caches of CPUs."""
-    parts = [Workload.of("small", there).config.parallel.microbatches for there in (False, True)]
-    assert parts == [4, 1]
-
-
 def test_samples_are_as_many_as_the_workload_says():
     workload = Workload("digits", 2, 6, overrides=(("model.channels", "8"),))
     ours = Ours(workload)
@@ -253,6 +247,41 @@ def test_what_was_measured_before_a_contestant_ended_is_kept(tmp_path, capsys, m
     assert [*found["networks"]] == ["digits", "small"]
     assert found["networks"]["small"]["contestants"][0]["train"] == [0.5]
     assert "**small**" in (tmp_path / "speed.md").read_text()
+
+
+class Ending:
+    """A contestant that can train and ends when it is to sample."""
+
+    def __init__(self):
+        self.closed = False
+
+    def ask(self, name, **_):
+        if name == "sample":
+            raise WorkerError("out of memory")
+        return {} if name == "flops" else 1.0
+
+    def close(self):
+        self.closed = True
+
+
+def test_a_contest_says_what_it_has_after_each_part_and_leaves_nobody_running(monkeypatch):
+    workers = []
+
+    def started(name, workload, place):
+        workers.append(Ending())
+        return workers[-1], result(name, 1.0)
+
+    monkeypatch.setattr(contest, "_started", started)
+    asked = Workload("digits", 2), ["ours"], ["train", "sample"], 2, print
+    parts = contest.compete(*asked)
+    (ours,), _ = next(parts)
+    assert ours.train == [1.0, 1.0] and not ours.sample
+    with pytest.raises(WorkerError, match="out of memory"):
+        next(parts)
+    parts = contest.compete(*asked)
+    next(parts)
+    parts.close()
+    assert [worker.closed for worker in workers] == [True, True]
 
 
 @pytest.mark.long
