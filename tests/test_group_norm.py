@@ -21,18 +21,26 @@ def as_written(groups, silu, x, scale, bias, shift=None):
     return jax.nn.silu(u) if silu else u
 
 
+def drawn(channels, offset):
+    """A map, a gradient, scale and bias, and a shift, whose means lie `offset` deviations off."""
+    rng = np.random.default_rng(0)
+    x, g = rng.normal(size=(2, 2, 5, 4, channels))
+    scale, bias = rng.normal(size=(2, channels))
+    shift = rng.normal(size=(2, channels)) + offset * rng.normal(size=channels)
+    x += offset * rng.normal(size=channels)
+    return [a.astype("f4") for a in (x, g, scale, bias, shift)]
+
+
 @pytest.mark.parametrize("offset", [0.0, 1e2, 1e3])
 @pytest.mark.parametrize(("channels", "groups"), [(64, 32), (24, 32), (8, 4), (6, 4), (4, 4)])
 def test_group_norm_against_float64_far_from_zero(offset, channels, groups):
-    rng = np.random.default_rng(0)
-    x = (rng.normal(size=(2, 5, 4, channels)) + offset * rng.normal(size=channels)).astype("f4")
-    scale, bias = rng.normal(size=(2, channels))
+    x, _, scale, bias, _ = drawn(channels, offset)
     used = np.gcd(groups, channels)
     grouped = x.astype(np.float64).reshape(2, 20, used, channels // used)
     mean = grouped.mean(axis=(1, 3), keepdims=True)
     variance = grouped.var(axis=(1, 3), keepdims=True)
     want = ((grouped - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape) * scale + bias
-    params = {"scale": jnp.float32(scale), "bias": jnp.float32(bias)}
+    params = {"scale": scale, "bias": bias}
     got = layers.GroupNorm(groups).apply({"params": params}, x)
     np.testing.assert_allclose(got, want, atol=2e-4 if offset else 5e-6)
 
@@ -41,11 +49,7 @@ def test_group_norm_against_float64_far_from_zero(offset, channels, groups):
 @pytest.mark.parametrize("offset", [0.0, 1e2, 1e3])
 @pytest.mark.parametrize(("channels", "groups"), [(64, 32), (24, 8), (6, 2), (4, 4)])
 def test_the_gradients_of_group_norm_against_autodiff_in_float64(channels, groups, offset, silu):
-    rng = np.random.default_rng(0)
-    shape = 2, 5, 4, channels
-    x = (rng.normal(size=shape) + offset * rng.normal(size=channels)).astype("f4")
-    scale, bias = rng.normal(size=(2, channels)).astype("f4")
-    g = rng.normal(size=shape).astype("f4")
+    x, g, scale, bias, _ = drawn(channels, offset)
 
     plain = functools.partial(as_written, groups, silu)
     got = jax.vjp(lambda *a: layers.group_norm(*a, groups, silu), x, scale, bias)[1](g)
@@ -63,12 +67,7 @@ def test_the_gradients_of_group_norm_against_autodiff_in_float64(channels, group
 @pytest.mark.parametrize(("channels", "groups"), [(64, 32), (24, 8), (6, 2), (4, 4)])
 def test_group_norm_of_a_shifted_map_in_float64(channels, groups, offset, silu):
     """Where each group is one channel, the shift moves nothing, and its gradient is 0."""
-    rng = np.random.default_rng(0)
-    shape = 2, 5, 4, channels
-    x = (rng.normal(size=shape) + offset * rng.normal(size=channels)).astype("f4")
-    shift = (rng.normal(size=(2, channels)) + offset * rng.normal(size=channels)).astype("f4")
-    scale, bias = rng.normal(size=(2, channels)).astype("f4")
-    g = rng.normal(size=shape).astype("f4")
+    x, g, scale, bias, shift = drawn(channels, offset)
 
     def shifted(x, scale, bias, shift):
         return layers.group_norm(x, scale, bias, groups, silu, 0.0, shift)
@@ -91,12 +90,8 @@ def test_group_norm_of_a_shifted_map_in_float64(channels, groups, offset, silu):
 @pytest.mark.parametrize("silu", [False, True])
 def test_group_norm_and_dropout_in_float64(silu):
     """What is dropped has no part in any gradient; what stays is divided by the share that does."""
-    draw = np.random.default_rng(0)
-    shape, rate = (2, 5, 4, 8), 0.3
-    x, g = draw.normal(size=(2, *shape)).astype("f4")
-    scale, bias = draw.normal(size=(2, 8)).astype("f4")
-    shift = draw.normal(size=(2, 8)).astype("f4")
-    keep = draw.random(shape) >= rate
+    rate, (x, g, scale, bias, shift) = 0.3, drawn(8, 0.0)
+    keep = np.random.default_rng(1).random(x.shape) >= rate
 
     def ours(x, scale, bias, shift):
         return layers.group_norm(x, scale, bias, 4, silu, rate, shift, keep)
