@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.models import layers
+from ddpm_jax.models import layers, norm
 
 
 def as_written(groups, silu, x, scale, bias, shift=None):
@@ -52,7 +52,7 @@ def test_the_gradients_of_group_norm_against_autodiff_in_float64(channels, group
     x, g, scale, bias, _ = drawn(channels, offset)
 
     plain = functools.partial(as_written, groups, silu)
-    got = jax.vjp(lambda *a: layers.group_norm(*a, groups, silu), x, scale, bias)[1](g)
+    got = jax.vjp(lambda *a: norm.group_norm(*a, groups, silu), x, scale, bias)[1](g)
     with jax.enable_x64(True):
         want = jax.vjp(plain, *(jnp.float64(a) for a in (x, scale, bias)))[1](jnp.float64(g))
         want = [np.asarray(a) for a in want]
@@ -70,7 +70,7 @@ def test_group_norm_of_a_shifted_map_in_float64(channels, groups, offset, silu):
     x, g, scale, bias, shift = drawn(channels, offset)
 
     def shifted(x, scale, bias, shift):
-        return layers.group_norm(x, scale, bias, groups, silu, 0.0, shift)
+        return norm.group_norm(x, scale, bias, groups, silu, 0.0, shift)
 
     plain = functools.partial(as_written, groups, silu)
     got, pull = jax.vjp(shifted, x, scale, bias, shift)
@@ -94,7 +94,7 @@ def test_group_norm_and_dropout_in_float64(silu):
     keep = np.random.default_rng(1).random(x.shape) >= rate
 
     def ours(x, scale, bias, shift):
-        return layers.group_norm(x, scale, bias, 4, silu, rate, shift, keep)
+        return norm.group_norm(x, scale, bias, 4, silu, rate, shift, keep)
 
     def plain(*arguments):
         return keep * as_written(4, silu, *arguments) / (1 - rate)
@@ -108,7 +108,7 @@ def test_group_norm_and_dropout_in_float64(silu):
     np.testing.assert_array_equal(got == 0, ~keep)
 
 
-@pytest.mark.parametrize("sums", [layers.pixel_sums_of_both, layers.sums_by_rows])
+@pytest.mark.parametrize("sums", [norm.pixel_sums_of_both, norm.sums_by_rows])
 def test_sums_of_two_maps(sums):
     a, b = np.random.default_rng(0).normal(size=(2, 3, 7, 5, 6)).astype("f4")
     for got, x in zip(sums(a, b), (a, b), strict=True):
@@ -120,7 +120,7 @@ def test_gpus_sum_both_maps_together_along_rows():
     x = jax.ShapeDtypeStruct((2, 8, 16, 4), jnp.float32)
 
     def reductions(platform):
-        traced = jax.jit(layers.pixel_sums_of_both).trace(x, x)
+        traced = jax.jit(norm.pixel_sums_of_both).trace(x, x)
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         return re.findall(r"across dimensions = (\[.*?\])", text)
 
@@ -134,7 +134,7 @@ def test_gpus_compute_the_norm_s_maps_again_and_others_do_not():
     ones = jax.ShapeDtypeStruct((16,), jnp.float32)
 
     def way_back(x, scale, bias):
-        return jax.vjp(lambda *a: layers.group_norm(*a, 4, True), x, scale, bias)[1](x)
+        return jax.vjp(lambda *a: norm.group_norm(*a, 4, True), x, scale, bias)[1](x)
 
     def barriers(platform):
         traced = jax.jit(way_back).trace(x, ones, ones)
@@ -158,7 +158,7 @@ def test_group_norm_of_bfloat16_has_float32_statistics():
     keep = draw.random(x.shape) >= 0.3
 
     def shifted(x, scale, bias, shift):
-        return layers.group_norm(x, scale, bias, 4, True, 0.3, shift, keep)
+        return norm.group_norm(x, scale, bias, 4, True, 0.3, shift, keep)
 
     got, pull = jax.vjp(shifted, x, ones, ones, shift)
     want, exact = jax.vjp(shifted, jnp.float32(x), ones, ones, shift)
@@ -174,9 +174,9 @@ def test_sums_and_statistics_of_large_maps(offset):
     """65,536 terms beside float64's; a mean of 1e3 σ leaves the norm no more than five digits."""
     x = np.random.default_rng(0).normal(size=(1, 256, 256, 4)).astype("f4") + np.float32(offset)
     exact = x.astype("f8").sum(axis=(1, 2))
-    np.testing.assert_allclose(layers.pixel_sums(x), exact, rtol=1e-6, atol=1e-6 * 256**2)
-    np.testing.assert_allclose(layers.pixel_sums(x**2), (x**2).astype("f8").sum((1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(norm.pixel_sums(x), exact, rtol=1e-6, atol=1e-6 * 256**2)
+    np.testing.assert_allclose(norm.pixel_sums(x**2), (x**2).astype("f8").sum((1, 2)), rtol=1e-6)
     wide = x.astype("f8")
     want = (wide - wide.mean(axis=(1, 2))) / np.sqrt(wide.var(axis=(1, 2)) + 1e-6)
-    got = layers.group_norm(x, jnp.ones(4), jnp.zeros(4), 4, False)
+    got = norm.group_norm(x, jnp.ones(4), jnp.zeros(4), 4, False)
     np.testing.assert_allclose(got, want, atol=5e-4 if offset else 5e-6)

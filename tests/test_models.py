@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from ddpm_jax.models import UNet, layers, rounded_kernels, timestep_embedding
+from ddpm_jax.models import UNet, layers, norm, rounded_kernels, timestep_embedding
 from ddpm_jax.parallel import network_jit
 
 TINY = {"channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1}
@@ -180,7 +180,7 @@ def test_a_shift_of_all_pixels_has_the_gradient_of_a_broadcast_sum():
     dx, d_shift = pull(g)
     np.testing.assert_array_equal(dx, g)
     np.testing.assert_allclose(d_shift, g.astype("f8").sum(axis=(1, 2)), atol=1e-5)
-    np.testing.assert_allclose(layers.pixel_sums(jnp.asarray(g)), d_shift)
+    np.testing.assert_allclose(norm.pixel_sums(jnp.asarray(g)), d_shift)
 
 
 @pytest.mark.parametrize(("channels", "on_the_way"), [(16, 3), (64, 5)])
@@ -194,7 +194,7 @@ def test_the_way_back_keeps_the_inputs_of_layers_alone(channels, on_the_way):
     def loss(kernels, x):
         ones = jnp.ones(channels)
         for kernel in kernels:
-            x = layers.group_norm(x, ones, ones, 4, True)
+            x = norm.group_norm(x, ones, ones, 4, True)
             x = layers.conv2d(x, kernel, 1, ((1, 1), (1, 1)))
         return (x**2).sum()
 
@@ -270,7 +270,7 @@ def test_dropout_keeps_the_mean_and_draws_each_example_from_its_own_key():
     keep = layers.dropout_mask(keys, 0.3, (31, 33, 3))
     assert keep.shape == (4, 31, 33, 3)
     assert abs(float(keep.mean()) - 0.7) < 4 * np.sqrt(0.3 * 0.7 / keep.size)
-    out = layers.kept(jnp.ones(keep.shape), keep, 0.3)
+    out = norm.kept(jnp.ones(keep.shape), keep, 0.3)
     np.testing.assert_allclose(out, np.where(keep, 1 / 0.7, 0), rtol=1e-6)
     alone = layers.dropout_mask(keys[2:3], 0.3, (31, 33, 3))
     np.testing.assert_array_equal(alone[0], keep[2])
