@@ -135,7 +135,9 @@ FIELDS: dict[str, Field] = {
     "evaluation.batch_size": Field(128, "images at a time, over all devices", low=1),
     # Devices.
     "parallel.mode": Field("jit", "how a step is spread", choices=("jit", "fsdp", "pmap")),
-    "parallel.microbatches": Field(1, "parts of a batch, one after another", low=1),
+    "parallel.microbatches": Field(
+        0, "parts of a device's batch, one after another; 0: one, or as many as suit a CPU", low=0
+    ),
     "parallel.remat": Field(False, "compute each block again going back: less memory, more time"),
     "parallel.winograd": Field(True, "on CPUs, convolutions faster, with twice the rounding"),
     "parallel.hang_seconds": Field(
@@ -385,7 +387,7 @@ def _check_cadences(config: ml_collections.ConfigDict) -> None:
                 f"config.train.{name}={value} does not divide by train.steps_per_call={per_call}"
             )
     batch, parts = config.train.batch_size, config.parallel.microbatches
-    if batch % parts:
+    if parts and batch % parts:
         raise RequestError(
             f"config.train.batch_size={batch} does not divide by parallel.microbatches={parts}"
         )

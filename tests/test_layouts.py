@@ -12,6 +12,7 @@ import functools
 import itertools
 import pathlib
 import socket
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from ddpm_jax.generation import compile_sampler
 from ddpm_jax.parallel import AXIS, Layout, compile_call, from_host, make_layout, to_host
 from ddpm_jax.training import check
 from ddpm_jax.training.job import initial_state, make_job, template
+from ddpm_jax.training.job import microbatches as chosen_microbatches
 from ddpm_jax.training.step import seeded_call
 from experiments import memory
 
@@ -126,6 +128,39 @@ def shaken_call(call, rng, carried, images):
 
     params = jax.tree.map(moved, state.params)
     return call((seed, dataclasses.replace(state, params=params)), images)
+
+
+@pytest.mark.parametrize(
+    ("config", "batch", "devices", "changes", "parts"),
+    [
+        # A map of the first resolution is 32 · 32 · 32 · 4 = 2^17 bytes an image; a part has 2^20.
+        ("cifar10.py:small", 64, "cpu", {}, 8),
+        ("cifar10.py:small", 32, "cpu", {}, 4),
+        ("cifar10.py:small", 15, "cpu", {}, 1),
+        ("cifar10.py:small", 84, "cpu", {}, 7),  # 10 and less, which divide it.
+        ("cifar10.py:small", 97, "cpu", {}, 1),
+        ("cifar10.py:small", 64, "cpu", {"model.dtype": "bfloat16"}, 4),
+        ("cifar10.py:small", 64, "cpu", {"data.image_size": 16}, 2),
+        ("cifar10.py:small", 32, "cpu", {"model.channels": 64}, 4),  # Of eight images.
+        ("cifar10.py:small", 64, "cpu", {"model.channels": 96}, 1),
+        ("cifar10.py:small", 64, "cpu cpu", {}, 1),
+        ("cifar10.py:small", 64, "gpu", {}, 1),
+        ("cifar10.py:small", 64, "cpu", {"parallel.microbatches": 1}, 1),
+        ("cifar10.py:small", 64, "gpu gpu", {"parallel.microbatches": 16}, 16),
+        ("cifar10.py", 128, "cpu", {}, 1),
+        ("digits.py", 64, "cpu", {}, 1),
+    ],
+)
+def test_narrow_networks_on_one_cpu_take_parts_that_fit_in_caches(
+    config, batch, devices, changes, parts
+):
+    config = config_lib.load_file(f"{ROOT}/configs/{config}")
+    for key, value in ({"train.batch_size": batch} | changes).items():
+        config_lib.override(config, key, value)
+    config_lib.validate(config)
+    devices = np.array([SimpleNamespace(platform=platform) for platform in devices.split()])
+    layout = Layout("jit", SimpleNamespace(devices=devices, size=len(devices)))
+    assert chosen_microbatches(config, layout) == parts
 
 
 def run_layouts(directory, whole, names):

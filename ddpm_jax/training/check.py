@@ -129,8 +129,10 @@ def _cost_lines(job: Job) -> list[str]:
     batch = list(job.images.shape)
     needs, flops = memory(job), step_flops(job)
     counted = "no CPU to count FLOPs on" if math.isnan(flops) else f"{flops / 1e9:,.2f} GFLOP"
+    parts = job.task.microbatches
+    dealt = f", in {parts} parts one after another (parallel.microbatches)" if parts > 1 else ""
     return [
-        f"batch: uint8 {batch}, split over {job.layout.num_devices} devices",
+        f"batch: uint8 {batch}, split over {job.layout.num_devices} devices{dealt}",
         f"state: {_bytes_a_device(job.abstract) / 2**20:,.1f} MiB a device",
         f"step: {counted}, on all devices together",
         f"step: {needs.temporary / 2**20:,.1f} MiB of temporary memory a device",

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -15,6 +16,11 @@ from ddpm_jax.parallel import Layout, make_layout, once_jit, trim_memory, uncoll
 from ddpm_jax.runs import Run, image_shape, make_model
 from ddpm_jax.training.state import State, init_state, make_optimizer
 from ddpm_jax.training.step import Task
+
+# What a part of a batch has at least: bytes of its largest maps, half of a core's second-level
+# cache or all of it, and images, over which the kernels' gradients sum.
+PART_BYTES, PART_IMAGES = 2**20, 8
+NARROW = 64  # Channels at the first resolution.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +76,11 @@ def make_job(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | 
         names.check_keep_best(config)
     except ValueError as error:
         raise config_lib.RequestError(f"config.{error}") from None
-    parts = layout.num_devices * config.parallel.microbatches
-    if config.train.batch_size % parts:
+    parts = microbatches(config, layout)
+    if config.train.batch_size % (layout.num_devices * parts):
         raise config_lib.RequestError(
-            f"config.train.batch_size={config.train.batch_size} does not divide by {parts}: "
-            f"{layout.num_devices} devices × {config.parallel.microbatches} microbatches"
+            f"config.train.batch_size={config.train.batch_size} does not divide by "
+            f"{layout.num_devices * parts}: {layout.num_devices} devices × {parts} microbatches"
         )
     task = Task(
         model=make_model(config),
@@ -83,7 +89,7 @@ def make_job(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | 
         train=config.train,
         flip=config.data.flip,
         seed=config.seed,
-        microbatches=config.parallel.microbatches,
+        microbatches=parts,
         skip_nonfinite=config.train.nonfinite == "skip",
     )
     initial = jax.jit(initial_state(config, task))
@@ -95,6 +101,25 @@ def make_job(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | 
         layout.state(shapes),
     )
     return Job(config, layout, task, abstract, initial)
+
+
+def microbatches(config: ml_collections.ConfigDict, layout: Layout) -> int:
+    """parallel.microbatches, or how many parts are likely to make a step shortest where it is 0.
+
+    One but on a single CPU device: there what lies between the convolutions of a narrow network
+    waits for memory, unless its maps stay in the cores' caches. As many parts, then, as leave each
+    PART_IMAGES and PART_BYTES. Wide networks would only pay for adding up more gradients.
+    """
+    batch = config.train.batch_size
+    if config.parallel.microbatches:
+        return config.parallel.microbatches
+    on_one_cpu = layout.num_devices == 1 and layout.mesh.devices.item().platform == "cpu"
+    if not on_one_cpu or config.model.channels > NARROW:
+        return 1
+    size = batch * config.data.image_size**2 * config.model.channels
+    size *= jnp.dtype(config.model.dtype).itemsize
+    most = min(batch // PART_IMAGES, size // PART_BYTES)
+    return next((parts for parts in range(most, 1, -1) if batch % parts == 0), 1)
 
 
 def initial_state(

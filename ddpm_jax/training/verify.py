@@ -217,7 +217,7 @@ def _saved_and_restored(job: Job, state: State, folder: str | None) -> State:
 def _others(job: Job) -> Iterator[tuple[str, Job]]:
     """Other layouts of the same steps: every mode, one device and all of them, microbatches."""
     devices = jax.devices()
-    own = (job.layout.mode, job.layout.num_devices, job.config.parallel.microbatches)
+    own = (job.layout.mode, job.layout.num_devices, job.task.microbatches)
     least = 1 if jax.process_count() == 1 else len(devices)
     layouts = {("jit", least, 1): None}  # A set that keeps its order.
     modes = config_lib.FIELDS["parallel.mode"].choices
