@@ -107,7 +107,10 @@ def test_check_shows_config_shapes_and_cost_and_starts_nothing(tmp_path, capsys)
 def test_check_counts_the_work_of_a_step_whatever_the_loops(tmp_path, capsys):
     def flops(**overrides):
         assert main(arguments(tmp_path, mode="check", **overrides)) == 0
-        return float(re.search(r"([\d.]+) GFLOP", capsys.readouterr().out)[1])
+        out = capsys.readouterr().out
+        parts = overrides.get("parallel__microbatches")
+        assert (f"in {parts} parts one after another" in out) if parts else "parts" not in out
+        return float(re.search(r"([\d.]+) GFLOP", out)[1])
 
     assert flops() == flops(train__steps_per_call=5, parallel__microbatches=4) > 0
 

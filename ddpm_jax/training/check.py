@@ -80,6 +80,11 @@ def step_flops(job: Job) -> float:
         return lowered_step(job).cost_analysis()["flops"]
 
 
+def counted(flops: float, text: str) -> str:
+    """The text, or that these could not be counted, where `step_flops` found no CPU."""
+    return "no CPU to count FLOPs on" if math.isnan(flops) else text
+
+
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """What training holds on each device while it makes a step, in bytes.
@@ -128,12 +133,11 @@ def _bytes_a_device(tree: Any) -> int:
 def _cost_lines(job: Job) -> list[str]:
     batch = list(job.images.shape)
     needs, flops = memory(job), step_flops(job)
-    counted = "no CPU to count FLOPs on" if math.isnan(flops) else f"{flops / 1e9:,.2f} GFLOP"
     parts = job.task.microbatches
     dealt = f", in {parts} parts one after another (parallel.microbatches)" if parts > 1 else ""
     return [
         f"batch: uint8 {batch}, split over {job.layout.num_devices} devices{dealt}",
         f"state: {_bytes_a_device(job.abstract) / 2**20:,.1f} MiB a device",
-        f"step: {counted}, on all devices together",
+        f"step: {counted(flops, f'{flops / 1e9:,.2f} GFLOP')}, on all devices together",
         f"step: {needs.temporary / 2**20:,.1f} MiB of temporary memory a device",
     ]

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ddpm_jax.training.check import counted
 from experiments.speeding.accelerators import SHARES, SLICES
 from experiments.speeding.contest import ratio
 from experiments.speeding.curves import UNIT, UNITS
@@ -97,10 +98,11 @@ def _contest(network: str, results: Mapping[str, Any]) -> list[str]:
             row.append(_rate(one, ours, flops["train"]))
         row += [f"{one['memory'] / 2**30:.2f}", f"{one['cold']:.1f}", f"{one['warm']:.1f}"]
         rows.append(row)
+    by_xla = counted(flops["train_xla"], f"{flops['train_xla'] / 1e9:,.2f} as XLA counts")
     lines = [
         f"**{network}**: a training step of {results['batch']} images, "
-        f"{flops['train'] / 1e9:,.2f} GFLOP by hand ({flops['train_xla'] / 1e9:,.2f} as XLA "
-        f"counts); a sampling step of {results['samples']}, {flops['sample'] / 1e9:,.2f}",
+        f"{flops['train'] / 1e9:,.2f} GFLOP by hand ({by_xla}); "
+        f"a sampling step of {results['samples']}, {flops['sample'] / 1e9:,.2f}",
         "",
     ]
     lines += _table(head, rows)

@@ -23,7 +23,7 @@ from ddpm_jax.models import rounded_kernels
 from ddpm_jax.parallel import compile_call
 from ddpm_jax.progress import duration
 from ddpm_jax.runs import image_shape
-from ddpm_jax.training.check import step_flops
+from ddpm_jax.training.check import counted, step_flops
 from ddpm_jax.training.loop import make_job
 from ddpm_jax.training.state import init_state
 from ddpm_jax.training.step import train_call
@@ -129,9 +129,10 @@ def report(plan: Plan, num_jobs: int, together: bool, say: Say) -> None:
     if num_jobs > 1:
         share = "its own GPU" if visible_gpus() else f"{devices} each"
         rounds = f"{num_jobs} at a time with {share}: about {duration(total / num_jobs)}"
+    work = counted(flops, f"{flops:.3g} FLOPs of training")
     say(
         f"{len(plan.runs)} runs, all valid, {len(left)} to do: {total / 3600:.2f} hours of "
-        f"computation, {rounds}; {flops:.3g} FLOPs of training; {disk / 2**30:.2f} GiB of disk, "
+        f"computation, {rounds}; {work}; {disk / 2**30:.2f} GiB of disk, "
         f"{free / 2**30:.0f} GiB are free"
     )
     say(
@@ -149,8 +150,9 @@ def report(plan: Plan, num_jobs: int, together: bool, say: Say) -> None:
 
 def _line(cell: Cell, cost: Cost, runs: int) -> str:
     total = runs * (cost.train_seconds + cost.evaluate_seconds)
+    work = counted(cost.flops, f"{cost.flops / 1e9:.2f} GFLOP")
     return (
-        f"{cell.name}: {cost.parameters:,} parameters, {cost.flops / 1e9:.2f} GFLOP and "
+        f"{cell.name}: {cost.parameters:,} parameters, {work} and "
         f"{cost.step_seconds:.3g} s a step; training {duration(cost.train_seconds)}, evaluation "
         f"{duration(cost.evaluate_seconds)}; {runs} runs {duration(total)}"
     )
