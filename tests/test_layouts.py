@@ -29,12 +29,13 @@ from ddpm_jax.parallel import AXIS, Layout, compile_call, from_host, make_layout
 from ddpm_jax.training import check
 from ddpm_jax.training.job import initial_state, make_job, template
 from ddpm_jax.training.job import microbatches as chosen_microbatches
+from ddpm_jax.training.loop import headline
 from ddpm_jax.training.step import seeded_call
 from experiments import memory
 
 STEPS, BATCH = 50, 32
 DEVICES, MODES, MICROBATCHES = (1, 2, 4, 8), ("jit", "fsdp", "pmap"), (1, 2, 4)
-STEPS_PER_CALL = {1: 1, 2: 10, 4: 1}  # By microbatches.
+STEPS_PER_CALL = {0: 1, 1: 1, 2: 10, 4: 1}  # By microbatches.
 LONG = ["_".join(map(str, each)) for each in itertools.product(DEVICES, MODES, MICROBATCHES)]
 # Each mode and each number of microbatches.
 SHORT = ["1_jit_1", "2_pmap_4", "8_fsdp_2"]
@@ -161,6 +162,15 @@ def test_narrow_networks_on_one_cpu_take_parts_that_fit_in_caches(
     devices = np.array([SimpleNamespace(platform=platform) for platform in devices.split()])
     layout = Layout("jit", SimpleNamespace(devices=devices, size=len(devices)))
     assert chosen_microbatches(config, layout) == parts
+
+
+def test_the_parts_chosen_are_those_of_the_run():
+    config = small_config(microbatches=0)
+    config.train.batch_size, config.model.channels, config.data.image_size = 32, 32, 32
+    job = make_job(config, jax.devices()[:1])
+    assert job.task.microbatches == 4
+    source = open_source(small_config(), batch_size=BATCH)
+    assert " · batch 32 in 4 parts on 1 cpu (jit) · " in headline(job, source)
 
 
 def run_layouts(directory, whole, names):

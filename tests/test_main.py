@@ -108,11 +108,13 @@ def test_check_counts_the_work_of_a_step_whatever_the_loops(tmp_path, capsys):
     def flops(**overrides):
         assert main(arguments(tmp_path, mode="check", **overrides)) == 0
         out = capsys.readouterr().out
-        parts = overrides.get("parallel__microbatches")
-        assert (f"in {parts} parts one after another" in out) if parts else "parts" not in out
-        return float(re.search(r"([\d.]+) GFLOP", out)[1])
+        parts = re.search(r"over 1 devices(, in \d parts one after another)?", out)[1]
+        return float(re.search(r"([\d.]+) GFLOP", out)[1]), parts
 
-    assert flops() == flops(train__steps_per_call=5, parallel__microbatches=4) > 0
+    whole, parts = flops()
+    assert whole > 0 and parts is None
+    dealt = flops(train__steps_per_call=5, parallel__microbatches=4)
+    assert dealt == (whole, ", in 4 parts one after another")
 
 
 def test_the_work_of_a_step_is_counted_on_a_cpu_whatever_else_there_is(monkeypatch):

@@ -190,12 +190,18 @@ def test_as_alone_to_the_bit_with_the_compilers_optimisations(monkeypatch):
 
 
 def optimised():
-    """In a process of its own: 20 steps of two seeds, and of one of them alone."""
-    config = config_lib.load_file(f"{ROOT}/configs/digits.py")
-    config.model.update(channel_multipliers=(1,), attention_resolutions=(8,))
-    job = make_job(config)
+    """In a process of its own: two seeds, and one of them alone, whole and in parts."""
+    for parts in (1, 2):
+        config = config_lib.load_file(f"{ROOT}/configs/digits.py")
+        config.model.update(channel_multipliers=(1,), attention_resolutions=(8,))
+        config.parallel.microbatches = parts
+        two_seeds_and_one(make_job(config))
+
+
+def two_seeds_and_one(job):
+    """Checks, over 20 steps, that they are equal to the bit."""
     seeds, images = SEEDS, np.random.default_rng(0).integers(0, 256, (2, 10, 64, 8, 8, 1))
-    initial = jax.jit(initial_state(config, job.task), out_shardings=job.sharding)
+    initial = jax.jit(initial_state(job.config, job.task), out_shardings=job.sharding)
     both = together.compile_together(job.layout, job.task, seeds, job.sharding, "unrolled")
     program = functools.partial(seeded_call, job.task)
     alone = compile_call(job.layout, program, (job.layout.replicated, job.sharding))

@@ -11,6 +11,7 @@ from runs_for_tests import ROOT, start, train
 from ddpm_jax import runs
 from ddpm_jax.main import main
 from ddpm_jax.training import verify
+from ddpm_jax.training.job import make_job
 
 TRAINED = {"train__steps": 10, "train__checkpoint_every": 5}
 
@@ -65,6 +66,13 @@ def test_a_sound_run_is_said_to_be_well(run, here, capsys, monkeypatch):
         "the same, saved and restored at 14: equal to the bit",
     ]
     assert lines[5:] == ["all is well"]
+
+
+def test_a_run_is_compared_with_other_layouts_than_its_own(run):
+    config = runs.RunDirectory.of(run).load_config()
+    assert config.parallel.microbatches == 0
+    titles = [title for title, _ in verify._others(make_job(config))]
+    assert titles == ["jit on 1 cpu in 2 microbatches", "fsdp on 1 cpu", "pmap on 1 cpu"]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's threads.

@@ -17,10 +17,10 @@ from ddpm_jax.runs import Run, image_shape, make_model
 from ddpm_jax.training.state import State, init_state, make_optimizer
 from ddpm_jax.training.step import Task
 
-# What a part of a batch has at least: bytes of its largest maps, half of a core's second-level
-# cache or all of it, and images, over which the kernels' gradients sum.
+# What a part of a batch has at least, by measurement: bytes of its first maps, of the size of a
+# core's cache, and images, over which the kernels' gradients sum.
 PART_BYTES, PART_IMAGES = 2**20, 8
-NARROW = 64  # Channels at the first resolution.
+NARROW = 64  # model.channels, at most.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,15 +107,16 @@ def microbatches(config: ml_collections.ConfigDict, layout: Layout) -> int:
     """parallel.microbatches, or how many parts are likely to make a step shortest where it is 0.
 
     One but on a single CPU device: there what lies between the convolutions of a narrow network
-    waits for memory, unless its maps stay in the cores' caches. As many parts, then, as leave each
-    PART_IMAGES and PART_BYTES. Wide networks would only pay for adding up more gradients.
+    waits for memory, the more, the less of its maps the cores' caches hold. As many parts, then,
+    as divide the batch and leave each PART_IMAGES and PART_BYTES. Wide networks would only pay
+    for adding up more gradients.
     """
-    batch = config.train.batch_size
     if config.parallel.microbatches:
         return config.parallel.microbatches
     on_one_cpu = layout.num_devices == 1 and layout.mesh.devices.item().platform == "cpu"
     if not on_one_cpu or config.model.channels > NARROW:
         return 1
+    batch = config.train.batch_size
     size = batch * config.data.image_size**2 * config.model.channels
     size *= jnp.dtype(config.model.dtype).itemsize
     most = min(batch // PART_IMAGES, size // PART_BYTES)

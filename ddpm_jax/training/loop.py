@@ -161,14 +161,15 @@ def evaluators_of(job: Job, say: Callable[[str], None]) -> list[Evaluator]:
 
 def headline(job: Job, source: Source, seeds: int = 1) -> str:
     """What is trained, on what, in a line."""
-    config = job.config
+    config, parts = job.config, job.task.microbatches
     parameters = f"{sum(x.size for x in jax.tree.leaves(job.abstract.params)):,} parameters"
     return (
         f"{source.name}/{source.split}: {len(source):,} images "
         f"{'×'.join(map(str, source.image_shape))} · "
         f"{f'{seeds} seeds × ' if seeds > 1 else ''}{parameters} · "
         f"{config.diffusion.prediction}, {config.train.objective}, {config.diffusion.variance} · "
-        f"batch {config.train.batch_size} on {job.layout.num_devices} "
+        f"batch {config.train.batch_size}{f' in {parts} parts' if parts > 1 else ''} on "
+        f"{job.layout.num_devices} "
         f"{jax.devices()[0].device_kind} ({config.parallel.mode}) · {config.train.steps:,} steps"
     )
 

@@ -152,7 +152,7 @@ def _line(cell: Cell, cost: Cost, runs: int) -> str:
     total = runs * (cost.train_seconds + cost.evaluate_seconds)
     work = counted(cost.flops, f"{cost.flops / 1e9:.2f} GFLOP")
     return (
-        f"{cell.name}: {cost.parameters:,} parameters, {work} and "
+        f"{cell.name}: {cost.parameters:,} parameters, {work}, "
         f"{cost.step_seconds:.3g} s a step; training {duration(cost.train_seconds)}, evaluation "
         f"{duration(cost.evaluate_seconds)}; {runs} runs {duration(total)}"
     )
