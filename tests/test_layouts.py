@@ -152,7 +152,7 @@ def shaken_call(call, rng, carried, images):
         ("digits.py", 64, "cpu", {}, 1),
     ],
 )
-def test_narrow_networks_on_one_cpu_take_parts_that_fit_in_caches(
+def test_narrow_networks_on_one_cpu_take_their_batch_in_parts(
     config, batch, devices, changes, parts
 ):
     config = config_lib.load_file(f"{ROOT}/configs/{config}")
