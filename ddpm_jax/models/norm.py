@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from jax import lax
 
 from ddpm_jax.parallel import apart
 
-BLOCK = 1024  # Pixels that one product sums.
+RUN = 16  # Pixels that CPUs sum at a time: of wide maps so many stay in the first cache.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -109,8 +108,9 @@ def _group_statistics(x, shift, groups):
     pixels = x.shape[1] * x.shape[2]
     origin = x[:, 0, 0]
     centred = x - origin[:, None, None]
-    mean = pixel_sums(centred) / pixels
-    variance = jnp.maximum(pixel_sums(centred**2) / pixels - mean**2, 0)
+    sums, squares = pixel_sums_of_both(centred, centred**2)
+    mean = sums / pixels
+    variance = jnp.maximum(squares / pixels - mean**2, 0)
     mean += origin
     shift = 0 if shift is None else shift
     group_mean = _group_means(mean + shift, groups)
@@ -122,7 +122,10 @@ def _group_statistics(x, shift, groups):
 def _group_means(x, groups):
     """The mean of each channel's group, [batch, channels]."""
     by_group = x.reshape(x.shape[0], groups, -1)
-    return jnp.broadcast_to(by_group.mean(axis=-1, keepdims=True), by_group.shape).reshape(x.shape)
+    means = jnp.broadcast_to(by_group.mean(axis=-1, keepdims=True), by_group.shape)
+    # Else CPUs look up each pixel's group where they go through maps, one number at a time.
+    written, unchanged = lax.optimization_barrier, lambda x: x
+    return lax.platform_dependent(means.reshape(x.shape), cpu=written, default=unchanged)
 
 
 def _at_pixels(x, centre, inverse):
@@ -142,36 +145,44 @@ def kept(x: jax.Array, keep: jax.Array | None, rate: float) -> jax.Array:
 
 @jax.jit
 def pixel_sums(x: jax.Array) -> jax.Array:
-    """The sums over all pixels: float32 [batch, channels] of x [batch, h, w, channels].
+    """The sums over all pixels: float32 [batch, channels] of x [batch, h, w, channels]."""
 
-    On CPUs products with ones, since XLA's reductions of such axes run on one core, several times
-    slower than memory. Products sum one term after another: large maps are cut into blocks, whose
-    sums are added up, which keeps the digits.
-    """
-
-    def by_product(x):
-        batch, height, width, channels = x.shape
-        pixels = height * width
-        block = pixels if pixels <= BLOCK else math.gcd(pixels, BLOCK)
-        blocks = x.reshape(batch, pixels // block, block, channels)
-        ones = jnp.ones((*blocks.shape[:2], 1, block), jnp.float32)
-        return (ones @ blocks).sum(axis=(1, 2))
+    def by_runs(x):
+        return _sums_by_runs(x)[0]
 
     def by_reduction(x):
         return x.sum(axis=(1, 2))
 
-    x = x.astype(jnp.float32)
-    return lax.platform_dependent(x, cpu=by_product, default=by_reduction)
+    return lax.platform_dependent(x.astype(jnp.float32), cpu=by_runs, default=by_reduction)
 
 
 @jax.jit
 def pixel_sums_of_both(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`pixel_sums` of two float32 maps that are made of the same; on GPUs `sums_by_rows`."""
+    """`pixel_sums` of two float32 maps that are made of the same, of which none is written out."""
 
     def each(a, b):
-        return pixel_sums(a), pixel_sums(b)
+        return a.sum(axis=(1, 2)), b.sum(axis=(1, 2))
 
-    return lax.platform_dependent(a, b, cuda=sums_by_rows, rocm=sums_by_rows, default=each)
+    ways = {"cpu": _sums_by_runs, "cuda": sums_by_rows, "rocm": sums_by_rows}
+    return lax.platform_dependent(a, b, **ways, default=each)
+
+
+def _sums_by_runs(*maps):
+    """The sums of maps over all pixels, over RUN pixels, then over RUN of these sums, and so on.
+
+    XLA sums all pixels of one channel before the next, one core's share of a large map after the
+    other, and one term after another, which costs digits. It puts such sums of sums together
+    again, were it not for the barriers.
+    """
+    batch, height, width, channels = maps[0].shape
+    pixels = height * width
+    while pixels > 1:
+        run = max(n for n in range(1, RUN + 1) if pixels % n == 0)
+        run = run if run > 1 else pixels
+        pixels //= run
+        runs = tuple(x.reshape(batch, pixels, run, channels) for x in maps)
+        maps = lax.optimization_barrier(_reduced(runs, 2))
+    return tuple(x.reshape(batch, channels) for x in maps)
 
 
 def sums_by_rows(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -181,9 +192,13 @@ def sums_by_rows(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     all pixels has so few results that XLA would rather write out what both maps are made of than
     compute it within the sum.
     """
+    return _reduced(_reduced((a, b), 2), 1)
+
+
+def _reduced(maps, axis):
+    """The sums of float32 maps of one shape over an axis, in one pass."""
 
     def added(x, y):
-        return x[0] + y[0], x[1] + y[1]
+        return tuple(a + b for a, b in zip(x, y, strict=True))
 
-    zeros = jnp.float32(0), jnp.float32(0)
-    return tuple(lax.reduce(lax.reduce((a, b), zeros, added, (2,)), zeros, added, (1,)))
+    return tuple(lax.reduce(maps, tuple(jnp.float32(0) for _ in maps), added, (axis,)))
