@@ -70,7 +70,7 @@ def _add_forward(x, shift):
 
 @jax.jit
 def _add_backward(_, g):
-    return g, pixel_sums(g).astype(g.dtype)
+    return g, pixel_sums(g)[0].astype(g.dtype)
 
 
 add_to_pixels.defvjp(_add_forward, _add_backward)
@@ -204,10 +204,12 @@ class Dense(nn.Module):
         kernel = _parameter(self, "kernel", self.init, (x.shape[-1], self.features))
         bias = _parameter(self, "bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
-        x @= kernel
-        if x.ndim != 4:
-            return x + bias
-        return add_to_pixels(x, jnp.broadcast_to(bias, (x.shape[0], self.features)))
+        # As one matrix: else CPUs copy maps with their axes swapped for the kernel's gradient.
+        y = x.reshape(-1, x.shape[-1]) @ kernel
+        y = y.reshape(*x.shape[:-1], self.features)
+        if y.ndim != 4:
+            return y + bias
+        return add_to_pixels(y, jnp.broadcast_to(bias, (y.shape[0], self.features)))
 
 
 class GroupNorm(nn.Module):

@@ -69,7 +69,7 @@ def _group_norm_backward(groups, silu, rate, saved, g):
         return normal, du
 
     normal, du = maps(x, g)
-    d_bias, d_scale = pixel_sums_of_both(du, du * normal)
+    d_bias, d_scale = gradient_sums(du, du * normal)
     x, g, d_bias, d_scale = _anew(x, g, d_bias, d_scale)
     normal, du = maps(x, g)
     # What moves the group's mean and its standard deviation moves no output.
@@ -108,7 +108,7 @@ def _group_statistics(x, shift, groups):
     pixels = x.shape[1] * x.shape[2]
     origin = x[:, 0, 0]
     centred = x - origin[:, None, None]
-    sums, squares = pixel_sums_of_both(centred, centred**2)
+    sums, squares = pixel_sums(centred, centred**2)
     mean = sums / pixels
     variance = jnp.maximum(squares / pixels - mean**2, 0)
     mean += origin
@@ -144,35 +144,25 @@ def kept(x: jax.Array, keep: jax.Array | None, rate: float) -> jax.Array:
 
 
 @jax.jit
-def pixel_sums(x: jax.Array) -> jax.Array:
-    """The sums over all pixels: float32 [batch, channels] of x [batch, h, w, channels]."""
+def pixel_sums(*maps: jax.Array) -> tuple[jax.Array, ...]:
+    """The sums of maps over all pixels: float32 [batch, channels] of each [batch, h, w, channels].
 
-    def by_runs(x):
-        return _sums_by_runs(x)[0]
+    Maps that are made of the same are not written out for it, and on CPUs pass but once.
+    """
 
-    def by_reduction(x):
-        return x.sum(axis=(1, 2))
+    def each(*maps):
+        return tuple(x.sum(axis=(1, 2)) for x in maps)
 
-    return lax.platform_dependent(x.astype(jnp.float32), cpu=by_runs, default=by_reduction)
-
-
-@jax.jit
-def pixel_sums_of_both(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`pixel_sums` of two float32 maps that are made of the same, of which none is written out."""
-
-    def each(a, b):
-        return a.sum(axis=(1, 2)), b.sum(axis=(1, 2))
-
-    ways = {"cpu": _sums_by_runs, "cuda": sums_by_rows, "rocm": sums_by_rows}
-    return lax.platform_dependent(a, b, **ways, default=each)
+    maps = tuple(x.astype(jnp.float32) for x in maps)
+    return lax.platform_dependent(*maps, cpu=_sums_by_runs, default=each)
 
 
 def _sums_by_runs(*maps):
-    """The sums of maps over all pixels, over RUN pixels, then over RUN of these sums, and so on.
+    """The sums over RUN pixels, then over RUN of these sums, and so on.
 
-    XLA sums all pixels of one channel before the next, one core's share of a large map after the
-    other, and one term after another, which costs digits. It puts such sums of sums together
-    again, were it not for the barriers.
+    XLA sums all pixels of a few channels, one after another, before the next few: of large maps
+    each takes a cache line for itself, and long sums lose digits. Without the barriers it would
+    put the sums of sums together again.
     """
     batch, height, width, channels = maps[0].shape
     pixels = height * width
@@ -183,6 +173,13 @@ def _sums_by_runs(*maps):
         runs = tuple(x.reshape(batch, pixels, run, channels) for x in maps)
         maps = lax.optimization_barrier(_reduced(runs, 2))
     return tuple(x.reshape(batch, channels) for x in maps)
+
+
+@jax.jit
+def gradient_sums(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`pixel_sums` of float32 maps that take long to compute; on GPUs `sums_by_rows`."""
+    rows = {"cuda": sums_by_rows, "rocm": sums_by_rows}
+    return lax.platform_dependent(a, b, **rows, default=pixel_sums)
 
 
 def sums_by_rows(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
