@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax.models import layers, norm
+from ddpm_jax.parallel import network_jit
 
 
 def as_written(groups, silu, x, scale, bias, shift=None):
@@ -108,7 +109,7 @@ def test_group_norm_and_dropout_in_float64(silu):
     np.testing.assert_array_equal(got == 0, ~keep)
 
 
-@pytest.mark.parametrize("pixels", [(7, 5), (1, 23), (12, 30), (1, 1)])
+@pytest.mark.parametrize("pixels", [(7, 5), (1, 23), (2, 23), (17, 17), (12, 30), (1, 1)])
 @pytest.mark.parametrize("sums", [norm.pixel_sums, norm.gradient_sums, norm.sums_by_rows])
 def test_sums_of_two_maps(sums, pixels):
     """Of numbers of pixels with and without divisors up to 16."""
@@ -134,16 +135,32 @@ def test_gpus_sum_gradients_together_along_rows():
     assert set(reductions(gradients, "tpu")) == {"[1, 2]"}
 
 
-def test_gpus_sum_the_way_forward_as_xla_does():
-    """By rows it takes them a seventh longer to sample."""
-    assert set(reductions(norm.pixel_sums, "cuda")) == {"[1, 2]"}
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+def test_gpus_sum_the_way_back_by_rows_and_the_way_forward_as_xla_does(platform):
+    """The latter by rows takes them a seventh longer to sample."""
+    x = jax.ShapeDtypeStruct((2, 8, 16, 4), jnp.float32)
+    vector = jax.ShapeDtypeStruct((4,), jnp.float32)
+
+    def norm_of(x, scale, bias):
+        return norm.group_norm(x, scale, bias, 2, True)
+
+    def both_ways(x, scale, bias):
+        return jax.vjp(norm_of, x, scale, bias)[1](x)
+
+    def axes(function):
+        text = lowered(function, platform, x, vector, vector)
+        return set(re.findall(r"across dimensions = (\[.*?\])", text))
+
+    of_groups, of_batch = "[2]", "[0]"
+    assert axes(norm_of) == {"[1, 2]", of_groups}
+    assert axes(both_ways) == {"[1, 2]", of_groups, of_batch, "[1]"}
 
 
 @pytest.mark.parametrize("sums", [norm.pixel_sums, norm.gradient_sums])
 def test_cpus_sum_in_runs_and_write_their_sums(sums):
-    """128 pixels: eight runs of sixteen, then these; both maps at once, and a barrier after each.
+    """128 pixels: eight runs of sixteen, then eight sums; both maps at once, and a barrier each.
 
-    Else XLA makes one sum of both, which takes three times as long.
+    Without barriers XLA merges runs and sums, which takes three times as long.
     """
     x = jax.ShapeDtypeStruct((2, 8, 16, 4), jnp.float32)
     assert reductions(sums, "cpu") == ["[2]", "[2]"]
@@ -165,7 +182,8 @@ def test_gpus_compute_the_norm_s_maps_again_and_others_do_not():
 
     first, second = barriers("cuda")
     assert barriers("tpu") == [first]
-    assert [written for written in barriers("cpu") if "2x8x8x16" in written] == [first]
+    of_maps = [types for types in barriers("cpu") if "2x8x8x16" in types]
+    assert of_maps == [first]  # The others are of sums and of groups' means.
     maps, sums = ["tensor<2x8x8x16xbf16>"] * 2, ["tensor<2x16xf32>"] * 2
     assert second.split(", ") == maps + sums
 
@@ -178,8 +196,7 @@ def test_cpus_write_what_groups_share_as_vectors():
     def vectors(platform):
         norm_of = functools.partial(norm.group_norm, groups=4, silu=True)
         text = lowered(norm_of, platform, x, vector, vector)
-        written = re.findall(r"optimization_barrier .* : (.*)", text)
-        return written.count("tensor<2x16xf32>")
+        return re.findall(r"optimization_barrier .* : (.*)", text).count("tensor<2x16xf32>")
 
     assert vectors("cpu") > 0
     assert vectors("cuda") == vectors("tpu") == 0
@@ -208,13 +225,29 @@ def test_group_norm_of_bfloat16_has_float32_statistics():
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3])
-def test_sums_and_statistics_of_large_maps(offset):
+@pytest.mark.parametrize("pixels", [(256, 256), (255, 257)])
+def test_sums_and_statistics_of_large_maps(pixels, offset):
     """65,536 terms beside float64's; a mean of 1e3 σ leaves the norm no more than five digits."""
-    x = np.random.default_rng(0).normal(size=(1, 256, 256, 4)).astype("f4") + np.float32(offset)
-    exact = x.astype("f8").sum(axis=(1, 2))
-    np.testing.assert_allclose(norm.pixel_sums(x)[0], exact, rtol=1e-6, atol=1e-6 * 256**2)
-    np.testing.assert_allclose(norm.pixel_sums(x**2)[0], (x**2).astype("f8").sum((1, 2)), rtol=1e-6)
+    x = np.random.default_rng(0).normal(size=(1, *pixels, 4)).astype("f4") + np.float32(offset)
+    for sums in (norm.pixel_sums, norm.gradient_sums):
+        for got, terms in zip(sums(x, x**2), (x, x**2), strict=True):
+            exact = terms.astype("f8").sum(axis=(1, 2))
+            np.testing.assert_allclose(got, exact, rtol=1e-6, atol=1e-6 * x[0, ..., 0].size)
+    squares = (x**2).astype("f8").sum(axis=(1, 2))
+    np.testing.assert_allclose(norm.pixel_sums(x**2)[0], squares, rtol=1e-6)
     wide = x.astype("f8")
     want = (wide - wide.mean(axis=(1, 2))) / np.sqrt(wide.var(axis=(1, 2)) + 1e-6)
     got = norm.group_norm(x, jnp.ones(4), jnp.zeros(4), 4, False)
     np.testing.assert_allclose(got, want, atol=5e-4 if offset else 5e-6)
+
+
+def test_cpus_write_no_map_for_sums():
+    """Neither of both maps nor what they are made of."""
+    shape = (16, 32, 32, 64)
+
+    def sums(x, g):
+        return norm.gradient_sums(jnp.tanh(x * g), x * jnp.tanh(x * g))
+
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    needs = network_jit(sums).lower(x, x).compile().memory_analysis()
+    assert needs.temp_size_in_bytes < 0.5 * 4 * np.prod(shape)

@@ -204,7 +204,7 @@ class Dense(nn.Module):
         kernel = _parameter(self, "kernel", self.init, (x.shape[-1], self.features))
         bias = _parameter(self, "bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
-        # As one matrix: else CPUs copy maps with their axes swapped for the kernel's gradient.
+        # As one matrix: else CPUs copy maps with their axes swapped to find the kernel's gradient.
         y = x.reshape(-1, x.shape[-1]) @ kernel
         y = y.reshape(*x.shape[:-1], self.features)
         if y.ndim != 4:

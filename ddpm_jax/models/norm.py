@@ -10,7 +10,7 @@ from jax import lax
 
 from ddpm_jax.parallel import apart
 
-RUN = 16  # Pixels that CPUs sum at a time: of wide maps so many stay in the first cache.
+RUN = 16  # Pixels that CPUs sum at a time, measured: those of wide maps stay in the first cache.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -120,11 +120,15 @@ def _group_statistics(x, shift, groups):
 
 
 def _group_means(x, groups):
-    """The mean of each channel's group, [batch, channels]."""
+    """The mean of each channel's group, float32 [batch, channels], of such an array."""
     by_group = x.reshape(x.shape[0], groups, -1)
     means = jnp.broadcast_to(by_group.mean(axis=-1, keepdims=True), by_group.shape)
-    # Else CPUs look up each pixel's group where they go through maps, one number at a time.
-    written, unchanged = lax.optimization_barrier, lambda x: x
+
+    def unchanged(means):
+        return means
+
+    # Written out, else CPUs look up a group for each number of a map, and that not in vectors.
+    written = lax.optimization_barrier
     return lax.platform_dependent(means.reshape(x.shape), cpu=written, default=unchanged)
 
 
@@ -145,9 +149,12 @@ def kept(x: jax.Array, keep: jax.Array | None, rate: float) -> jax.Array:
 
 @jax.jit
 def pixel_sums(*maps: jax.Array) -> tuple[jax.Array, ...]:
-    """The sums of maps over all pixels: float32 [batch, channels] of each [batch, h, w, channels].
+    """The sums over all pixels of maps of one shape, each float32 [batch, channels].
 
-    Maps that are made of the same are not written out for it, and on CPUs pass but once.
+    CPUs read what the maps are made of once and write none of them; others sum each by itself.
+
+    Args:
+      maps: [batch, h, w, channels], of any floating type.
     """
 
     def each(*maps):
@@ -158,26 +165,25 @@ def pixel_sums(*maps: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _sums_by_runs(*maps):
-    """The sums over RUN pixels, then over RUN of these sums, and so on.
+    """`pixel_sums` over runs of pixels, then over runs of these sums, until one is left.
 
-    XLA sums all pixels of a few channels, one after another, before the next few: of large maps
-    each takes a cache line for itself, and long sums lose digits. Without the barriers it would
-    put the sums of sums together again.
+    XLA sums all pixels of a few channels before the next few: of large maps each pixel is then
+    another line of the cache, and long sums lose digits. Without barriers it merges the sums.
     """
     batch, height, width, channels = maps[0].shape
     pixels = height * width
     while pixels > 1:
-        run = max(n for n in range(1, RUN + 1) if pixels % n == 0)
-        run = run if run > 1 else pixels
+        divisors = [n for n in range(2, pixels + 1) if pixels % n == 0]
+        run = max((n for n in divisors if n <= RUN), default=divisors[0])
         pixels //= run
         runs = tuple(x.reshape(batch, pixels, run, channels) for x in maps)
-        maps = lax.optimization_barrier(_reduced(runs, 2))
+        maps = lax.optimization_barrier(_summed(runs, 2))
     return tuple(x.reshape(batch, channels) for x in maps)
 
 
 @jax.jit
 def gradient_sums(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`pixel_sums` of float32 maps that take long to compute; on GPUs `sums_by_rows`."""
+    """`pixel_sums` of two float32 maps of the way back: on GPUs `sums_by_rows`."""
     rows = {"cuda": sums_by_rows, "rocm": sums_by_rows}
     return lax.platform_dependent(a, b, **rows, default=pixel_sums)
 
@@ -189,11 +195,11 @@ def sums_by_rows(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     all pixels has so few results that XLA would rather write out what both maps are made of than
     compute it within the sum.
     """
-    return _reduced(_reduced((a, b), 2), 1)
+    return _summed(_summed((a, b), 2), 1)
 
 
-def _reduced(maps, axis):
-    """The sums of float32 maps of one shape over an axis, in one pass."""
+def _summed(maps, axis):
+    """The sums over an axis of each of several float32 arrays of one shape, in one pass."""
 
     def added(x, y):
         return tuple(a + b for a, b in zip(x, y, strict=True))
