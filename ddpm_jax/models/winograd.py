@@ -56,7 +56,7 @@ def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     # Else all layers' G g are made before the first layer, and kept.
     x, kernel = lax.optimization_barrier((x, kernel))
     filters = [taps[None] for taps in _combine(g, list(kernel))]
-    products = _convolve(_combine(bt, _input_rows(x)), filters)
+    products = _convolve(_combine(bt, _rows_of_tiles(x)), filters)
     y = jnp.stack(_combine(at, products), axis=2)
     batch, tiles, _, width, channels = y.shape
     return y.reshape(batch, tiles * ROWS, width, channels)[:, : x.shape[1]]
@@ -71,7 +71,7 @@ def kernel_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
     # The batch is contracted, in the place of the channels. One transpose, not one for each row.
     x = lax.optimization_barrier(x.transpose(3, 1, 2, 0))
     filters = _combine(at.T, _output_rows(dy.transpose(1, 2, 0, 3)))
-    products = _convolve(_combine(bt, _input_rows(x)), filters)
+    products = _convolve(_combine(bt, _padded_rows(x)), filters)
     return jnp.stack(_combine(g.T, [p[:, 0].transpose(1, 0, 2) for p in products]))
 
 
@@ -85,8 +85,24 @@ def _convolve(inputs, filters):
     ]
 
 
-def _input_rows(x):
-    """The six rows of every tile of x [batch, h, w, channels]: each [batch, tiles, w, channels]."""
+def _rows_of_tiles(x):
+    """The six rows of every tile of x [batch, h, w, channels]: each [batch, tiles, w, channels].
+
+    Four are the tile's own, the first is the last of the tile above, and the last is the first of
+    the tile below, so that there is no padded copy of x.
+    """
+    batch, height, width, channels = x.shape
+    if below := -height % ROWS:
+        x = jnp.pad(x, ((0, 0), (0, below), (0, 0), (0, 0)))
+    tiles = x.reshape(batch, -1, ROWS, width, channels)
+    own = [tiles[:, :, i] for i in range(ROWS)]
+    above = jnp.pad(own[-1][:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0)))
+    below = jnp.pad(own[0][:, 1:], ((0, 0), (0, 1), (0, 0), (0, 0)))
+    return [above, *own, below]
+
+
+def _padded_rows(x):
+    """As `_rows_of_tiles`, of a transposed x, for which a padded copy takes the least time."""
     below = -x.shape[1] % ROWS + 1
     x = jnp.pad(x, ((0, 0), (1, below), (0, 0), (0, 0)))
     return [x[:, i : x.shape[1] - 5 + i : ROWS] for i in range(6)]
