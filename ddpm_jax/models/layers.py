@@ -130,7 +130,7 @@ def _conv_backward(stride, padding, winograd, saved, g):
         x, kernel, g = lax.optimization_barrier((x, kernel, g))
         flipped = kernel[::-1, ::-1].swapaxes(2, 3)
         if winograd and fits(x, kernel, stride, padding):
-            return conv3x3(g, flipped), kernel_gradient(x, g)
+            return conv3x3(g, flipped, padded=True), kernel_gradient(x, g)
         sizes = list(zip(x.shape[1:3], kernel.shape[:2], g.shape[1:3], padding, strict=True))
         # Of x: the flipped kernel, its channels swapped, over g with gaps where strides skipped.
         pads = [(k - 1 - p[0], n - 1 - (m - 1) * stride + p[0]) for n, k, m, p in sizes]

@@ -50,13 +50,18 @@ def fits(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> bool
     return same and large and x.dtype == jnp.float32
 
 
-def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [batch, h, w, in] with kernel [3, 3, in, out], zeros around x: [batch, h, w, out]."""
+def conv3x3(x: jax.Array, kernel: jax.Array, padded: bool = False) -> jax.Array:
+    """x [batch, h, w, in] with kernel [3, 3, in, out], zeros around x: [batch, h, w, out].
+
+    Args:
+      padded: whether by a padded copy of x, which takes longer, and a map less at a time.
+    """
     at, g, bt = matrices()
     # Else all layers' G g are made before the first layer, and kept.
     x, kernel = lax.optimization_barrier((x, kernel))
     filters = [taps[None] for taps in _combine(g, list(kernel))]
-    products = _convolve(_combine(bt, _rows_of_tiles(x)), filters)
+    rows = _padded_rows(x) if padded else _rows_of_tiles(x)
+    products = _convolve(_combine(bt, rows), filters)
     y = jnp.stack(_combine(at, products), axis=2)
     batch, tiles, _, width, channels = y.shape
     return y.reshape(batch, tiles * ROWS, width, channels)[:, : x.shape[1]]
@@ -102,7 +107,7 @@ def _rows_of_tiles(x):
 
 
 def _padded_rows(x):
-    """As `_rows_of_tiles`, of a transposed x, for which a padded copy takes the least time."""
+    """As `_rows_of_tiles`, by a padded copy of x: of a transposed one that takes less time."""
     below = -x.shape[1] % ROWS + 1
     x = jnp.pad(x, ((0, 0), (1, below), (0, 0), (0, 0)))
     return [x[:, i : x.shape[1] - 5 + i : ROWS] for i in range(6)]
