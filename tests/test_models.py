@@ -10,6 +10,7 @@ import pytest
 from jax import lax
 
 from ddpm_jax.models import UNet, layers, norm, rounded_kernels, timestep_embedding
+from ddpm_jax.models.dropout import dropout_mask, kept, threefry_bits
 from ddpm_jax.parallel import network_jit
 
 TINY = {"channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1}
@@ -296,12 +297,12 @@ def test_stride_two_is_padded_as_tensorflows_same():
 
 def test_dropout_keeps_the_mean_and_draws_each_example_from_its_own_key():
     keys = jax.random.split(jax.random.key(0), 4)
-    keep = layers.dropout_mask(keys, 0.3, (31, 33, 3))
+    keep = dropout_mask(keys, 0.3, (31, 33, 3))
     assert keep.shape == (4, 31, 33, 3)
     assert abs(float(keep.mean()) - 0.7) < 4 * np.sqrt(0.3 * 0.7 / keep.size)
-    out = norm.kept(jnp.ones(keep.shape), keep, 0.3)
+    out = kept(jnp.ones(keep.shape), keep, 0.3)
     np.testing.assert_allclose(out, np.where(keep, 1 / 0.7, 0), rtol=1e-6)
-    alone = layers.dropout_mask(keys[2:3], 0.3, (31, 33, 3))
+    alone = dropout_mask(keys[2:3], 0.3, (31, 33, 3))
     np.testing.assert_array_equal(alone[0], keep[2])
     assert np.any(np.asarray(keep[0]) != np.asarray(keep[1]))
 

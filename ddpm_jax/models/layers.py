@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ddpm_jax.models.dropout import dropout_mask
 from ddpm_jax.models.norm import group_norm, pixel_sums
 from ddpm_jax.models.winograd import Padding, conv3x3, fits, kernel_gradient
 from ddpm_jax.parallel import apart
@@ -36,26 +37,6 @@ def timestep_embedding(position: jax.Array, dim: int) -> jax.Array:
     frequencies = jnp.exp(-math.log(10000) / max(half - 1, 1) * jnp.arange(half))
     angles = position.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def dropout_mask(keys: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
-    """Which entries stay where a share `rate` of them is dropped: bool [batch, *shape].
-
-    Example i's mask depends on keys[i] alone. 16 random bits an entry: the rate is rounded to
-    a multiple of 2^−16.
-
-    Args:
-      keys: [batch].
-    """
-    size = math.prod(shape)
-
-    def mask(key: jax.Array) -> jax.Array:
-        words = jax.random.bits(key, ((size + 1) // 2,), jnp.uint32)
-        halves = lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:size]
-        return (halves >= round(rate * 2**16)).reshape(shape)
-
-    return jax.vmap(mask)(keys)
 
 
 @jax.custom_vjp

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ddpm_jax.models.dropout import kept
 from ddpm_jax.parallel import apart
 
 RUN = 16  # Pixels that CPUs sum at a time, measured: those of wide maps stay in the first cache.
@@ -137,14 +138,6 @@ def _at_pixels(x, centre, inverse):
 
 
 group_norm.defvjp(_group_norm_forward, _group_norm_backward)
-
-
-def kept(x: jax.Array, keep: jax.Array | None, rate: float) -> jax.Array:
-    """x / (1 − rate) where `keep`, bool of x's shape, is true, else 0; x itself where it is None.
-
-    Dropout (Srivastava et al. 2014, JMLR 15:1929), with the mean over masks left as it is.
-    """
-    return x if keep is None else jnp.where(keep, x / (1 - rate), 0)
 
 
 @jax.jit
