@@ -30,6 +30,7 @@ from etils import epath
 
 from ddpm_jax import files
 from ddpm_jax.config import RequestError
+from ddpm_jax.evaluation.manifest import code_commit
 from ddpm_jax.main import Parser, reported
 from experiments.speeding import contest, page
 from experiments.speeding.contest import DifferentWorkError
@@ -38,6 +39,7 @@ from experiments.speeding.workloads import NETWORKS, Workload
 
 CONTESTS = ("train", "sample", "chain")
 PARTS = (*CONTESTS, "start", "input", "curves", "accelerators")
+VARIABLES = ("XLA_FLAGS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 CURVES = "digits"  # The network of the cost curves, unless --networks names others alone.
 
 
@@ -49,15 +51,17 @@ def default_backend() -> str:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine's processor, cores and system."""
+    """The machine's processor, cores and memory (bytes), the variables that matter, our commit."""
     path = pathlib.Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "processor": names[0] if names else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
+        "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "python": platform.python_version(),
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "commit": code_commit(),
     }
 
 
@@ -134,7 +138,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default=",".join(PARTS), help="parts, comma-separated")
     parser.add_argument("--networks", default=",".join(NETWORKS), help="comma-separated")
     parser.add_argument("--contestants", default="", help="comma-separated; ours goes first")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="of chains a third of them")
     parser.add_argument("--out", default="runs/speed", help="the directory of the results")
     flags = parser.parse_args(argv)
     for name, known in (("only", PARTS), ("networks", tuple(NETWORKS))):

@@ -295,42 +295,50 @@ def test_stride_two_is_padded_as_tensorflows_same():
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+def threefry_keys(seed, count):
+    return jax.random.split(jax.random.key(seed, impl="threefry2x32"), count)
+
+
 def test_threefry_is_that_of_its_paper_and_of_the_library():
     # The known answer of Random123's own tests for key 0, counter 0.
     zero = jax.random.wrap_key_data(jnp.zeros((1, 2), jnp.uint32), impl="threefry2x32")
     assert int(threefry_bits(zero, 1)[0, 0]) == 0x6B200159 ^ 0x99BA4EFE
-    keys = jax.random.split(jax.random.key(5), 3)
+    keys = threefry_keys(5, 3)
     want = [jax.random.bits(key, (1001,), jnp.uint32) for key in keys]
     np.testing.assert_array_equal(threefry_bits(keys, 1001), want)
 
 
-@pytest.mark.parametrize("form", ["cpu", "default"])
-@pytest.mark.parametrize("rate", [0.0, 0.1, 0.75])
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.75, 0.99])
 @pytest.mark.parametrize("shape", [(7, 9, 3), (8, 8, 2), (1, 1, 1)])
-def test_dropout_masks_are_sixteen_bits_of_the_librarys_words(form, rate, shape):
-    def form_of(*args, **forms):
-        return forms[form](*args)
-
-    keys = jax.random.split(jax.random.key(2), 3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lax, "platform_dependent", form_of)
-        keep = dropout_mask.__wrapped__(keys, rate, shape)
+def test_dropout_masks_are_sixteen_bits_of_the_librarys_words(rate, shape):
+    keys = threefry_keys(2, 6)
     size = np.prod(shape)
     words = [jax.random.bits(key, (-(-size // 2),), jnp.uint32) for key in keys]
     halves = np.asarray(words).astype("<u4").view("<u2")[:, :size]
+    want = (halves >= round(rate * 2**16)).reshape(6, *shape)
+    keep = dropout_mask(keys, rate, shape)
     assert keep.dtype == bool
-    np.testing.assert_array_equal(keep, (halves >= round(rate * 2**16)).reshape(3, *shape))
+    np.testing.assert_array_equal(keep, want)
+    # As networks are compiled; and of two seeds in one program.
+    np.testing.assert_array_equal(
+        network_jit(lambda keys: dropout_mask(keys, rate, shape))(keys), want
+    )
+    pairs = jax.vmap(lambda keys: dropout_mask(keys, rate, shape))(keys.reshape(2, 3))
+    np.testing.assert_array_equal(pairs, want.reshape(2, 3, *shape))
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other devices' programs differ")
 def test_dropout_masks_are_made_in_one_pass_on_cpus():
-    keys = jax.random.split(jax.random.key(2), 3)
-    program = dropout_mask.lower(keys, 0.1, (8, 8, 64)).compile().as_text()
-    words = re.findall(r"u32\[3,2048\]\S* (\w+)\(", program.split("ENTRY")[1])
-    assert "while" not in program and not words
+    keys = threefry_keys(2, 3)
+    mask = network_jit(lambda keys: dropout_mask(keys, 0.1, (8, 8, 64)))
+    program = mask.lower(keys).compile().as_text()
+    assert "while" not in program
+    # 20 rounds, and three of keys and words: computed once.
+    assert len(re.findall(r" u32\[3,\S+ xor\(", program)) <= 23
 
 
 def test_dropout_keeps_the_mean_and_draws_each_example_from_its_own_key():
-    keys = jax.random.split(jax.random.key(0), 4)
+    keys = threefry_keys(0, 4)
     keep = dropout_mask(keys, 0.3, (31, 33, 3))
     assert keep.shape == (4, 31, 33, 3)
     assert abs(float(keep.mean()) - 0.7) < 4 * np.sqrt(0.3 * 0.7 / keep.size)

@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def dropout_mask(keys: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
@@ -21,31 +19,30 @@ def dropout_mask(keys: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Ar
 
     Args:
       keys: [batch], Threefry's, as all of `ddpm_jax.keys`.
+      rate: in [0, 1).
     """
     size = math.prod(shape)
-    count = (size + 1) // 2
     dropped = jnp.uint32(round(rate * 2**16))
+    words = threefry_bits(keys, (size + 1) // 2)
+    low, high = words & jnp.uint32(0xFFFF), words >> jnp.uint32(16)
+    pairs = (low >= dropped).astype(jnp.uint16) | ((high >= dropped).astype(jnp.uint16) << 8)
 
-    def by_library(keys):
-        words = jax.vmap(lambda key: jax.random.bits(key, (count,), jnp.uint32))(keys)
-        return lax.bitcast_convert_type(words, jnp.uint16) >= dropped
+    def unchanged(pairs):
+        return pairs
 
-    def in_one_pass(keys):
-        words = threefry_bits(keys, count)
-        low, high = words & jnp.uint32(0xFFFF), words >> jnp.uint32(16)
-        pairs = (low >= dropped).astype(jnp.uint16) | (high >= dropped).astype(jnp.uint16) << 8
-        # Written out, else XLA makes the words once for either half.
-        return lax.bitcast_convert_type(lax.optimization_barrier(pairs), jnp.uint8) != 0
-
-    keep = lax.platform_dependent(keys, cpu=in_one_pass, default=by_library)
+    # Written out, else CPUs compute each word twice, once for either half.
+    written = lax.optimization_barrier
+    pairs = lax.platform_dependent(pairs, cpu=written, default=unchanged)
+    keep = lax.bitcast_convert_type(pairs, jnp.uint8) != 0
     return keep.reshape(len(keys), -1)[:, :size].reshape(-1, *shape)
 
 
 def threefry_bits(keys: jax.Array, count: int) -> jax.Array:
-    """`jax.random.bits(key, (count,), uint32)` of each key, to the bit, in one pass on CPUs.
+    """`jax.random.bits(key, (count,), uint32)` of each key, to the bit, in one pass on CPUs too.
 
-    There the library's form is five loops over the array. Threefry-2x32 with 20 rounds: Salmon et
-    al. 2011, "Parallel random numbers: as easy as 1, 2, 3", §4.2. The count is the index.
+    There the library's own form is a loop of five passes. Threefry-2x32 with 20 rounds, rotations
+    and parity constant of Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", §4.2
+    and table 4, at the counters (0, 0), (0, 1), …; of each two words the exclusive or, as in JAX.
 
     Args:
       keys: [batch], Threefry's.
@@ -58,7 +55,7 @@ def threefry_bits(keys: jax.Array, count: int) -> jax.Array:
     x = jnp.broadcast_to(schedule[0], shape)
     y = lax.broadcasted_iota(jnp.uint32, shape, 1) + schedule[1]
     for i in range(5):
-        for bits in ROTATIONS[i % 2]:
+        for bits in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
             x += y
             y = (y << bits | y >> (32 - bits)) ^ x
         x += schedule[(i + 1) % 3]
@@ -70,5 +67,9 @@ def kept(x: jax.Array, keep: jax.Array | None, rate: float) -> jax.Array:
     """x / (1 − rate) where `keep`, bool of x's shape, is true, else 0; x itself where it is None.
 
     The mean over masks is x.
+
+    Args:
+      x: of any shape, floating.
+      rate: in [0, 1).
     """
     return x if keep is None else jnp.where(keep, x / (1 - rate), 0)

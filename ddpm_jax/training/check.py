@@ -56,7 +56,7 @@ def _schedule_lines(schedule: Schedule) -> list[str]:
 def lowered_step(job: Job) -> jax.stages.Lowered:
     """An optimizer step on all devices together, as it is written: the program that TPUs get.
 
-    CPUs run convolutions with fewer multiplications, and sums as products.
+    CPUs run convolutions with fewer multiplications.
     """
     # One step without loops, of which XLA would count a single round.
     whole = dataclasses.replace(job.task, microbatches=1)

@@ -16,8 +16,11 @@ from experiments.speeding.inputs import STEP_SECONDS
 def tables(found: Mapping[str, Any]) -> str:
     """Every part of `experiments.speed`'s result, a table each."""
     machine = found["hardware"]
-    flags = f", XLA_FLAGS={machine['XLA_FLAGS']}" if machine["XLA_FLAGS"] else ""
-    line = f"{machine['processor']}, {machine['cores']} cores, Python {machine['python']}{flags}"
+    set_here = "".join(f", {name}={value}" for name, value in machine["environment"].items())
+    line = (
+        f"{machine['processor']}, {machine['cores']} cores, {machine['memory'] / 2**30:.0f} GiB, "
+    )
+    line += f"Python {machine['python']}{set_here}; commit {machine['commit'] or 'unknown'}"
     lines = [line, ""]
     for network, results in found["networks"].items():
         lines += _contest(network, results)

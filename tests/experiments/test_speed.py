@@ -184,7 +184,14 @@ def test_the_tables_name_what_was_measured():
         each.train, each.sample, each.evaluate = [seconds] * 3, [seconds] * 3, [seconds] * 3
         each.matrix = [100e9] * 3
     found = {
-        "hardware": {"processor": "a CPU", "cores": 2, "python": "3.11", "XLA_FLAGS": ""},
+        "hardware": {
+            "processor": "a CPU",
+            "cores": 2,
+            "memory": 8 * 2**30,
+            "python": "3.11",
+            "environment": {"OMP_NUM_THREADS": "2"},
+            "commit": "abc",
+        },
         "networks": {
             "digits": {
                 "batch": 64,
@@ -201,6 +208,7 @@ def test_the_tables_name_what_was_measured():
         },
     }
     text = page.tables(json.loads(json.dumps(found)))
+    assert text.startswith("a CPU, 2 cores, 8 GiB, Python 3.11, OMP_NUM_THREADS=2; commit abc\n")
     (row,) = [line for line in text.splitlines() if line.startswith("| diffusers")]
     assert "30.00 GFLOP by hand (25.00 as XLA counts)" in text and "step of 256, 10.00" in text
     assert "| 1 (1–1) | 0.50 (0.50–0.50) |" in row and "30.0 (30% of 100)" in row
