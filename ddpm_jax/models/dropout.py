@@ -42,7 +42,8 @@ def threefry_bits(keys: jax.Array, count: int) -> jax.Array:
 
     There the library's own form is a loop of five passes. Threefry-2x32 with 20 rounds, rotations
     and parity constant of Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", §4.2
-    and table 4, at the counters (0, 0), (0, 1), …; of each two words the exclusive or, as in JAX.
+    and table 4, at the counters (0, 0), (0, 1), …; of each two words the exclusive or, as in JAX's
+    partitionable form, its default.
 
     Args:
       keys: [batch], Threefry's.

@@ -142,11 +142,11 @@ class Peer:
             from importlib.metadata import version
 
             versions["denoising-diffusion-pytorch"] = version("denoising-diffusion-pytorch")
-        threads = f"cpu, {torch.get_num_threads()} threads"
+        processor = f"cpu, {torch.get_num_threads()} threads"
         return {
             "parameters": sum(p.numel() for p in self.parameters),
             "versions": versions,
-            "devices": torch.cuda.get_device_name() if DEVICE == "cuda" else threads,
+            "devices": torch.cuda.get_device_name() if DEVICE == "cuda" else processor,
             "platform": "gpu" if DEVICE == "cuda" else "cpu",
         }
 

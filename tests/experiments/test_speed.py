@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -176,6 +177,16 @@ def test_the_work_of_a_step_is_that_of_all_platforms():
     # XLA leaves out what meets padding: a sixth on maps of 8 × 8.
     for flops in (accelerators.step_cost(job)["flops"], check.step_flops(job)):
         assert 0.8 * by_hand < flops < by_hand
+
+
+def test_results_name_the_machine_and_what_is_set_there(monkeypatch):
+    for name in speed.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    found = speed.hardware()
+    assert found["environment"] == {"OMP_NUM_THREADS": "3"}
+    (total,) = re.findall(r"MemTotal: +(\d+) kB", pathlib.Path("/proc/meminfo").read_text())
+    assert found["memory"] == 1024 * int(total)
 
 
 def test_the_tables_name_what_was_measured():
